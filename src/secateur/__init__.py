@@ -1,0 +1,1 @@
+"""Secateur: prune trained PyTorch models to a budget."""

@@ -1,0 +1,129 @@
+"""Analytic costs of a model as functions of its axis lengths: parameters, bytes, KV cache."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from secateur.choose.plan import Plan
+from secateur.space import Polynomial, Space, evaluate
+
+UNIFORM_KINDS = ("hidden", "ffn", "heads", "kv_groups")
+"""Kinds whose size one config integer sets for every layer."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the memory budget counts beside the weights: the KV cache of `batch` sequences of `seq_len` positions."""
+
+    batch: int = 1
+    seq_len: int = 4096
+    window: Callable[[str], int | None] | None = None
+    """For an attention module's path, the positions that it keeps at most; None = all."""
+
+    def positions(self, module: str) -> int:
+        """Positions that the attention at `module` keeps for each sequence."""
+        window = self.window(module) if self.window is not None else None
+        return self.seq_len if window is None else min(self.seq_len, window)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs."""
+
+    params: float
+    active_params: float
+    memory: float
+    """Bytes of the weights and of the KV cache."""
+
+    def of(self, measure: str) -> float:
+        """The cost by the budget's name for it."""
+        return float(getattr(self, measure))
+
+
+def lengths(space: Space, plan: Plan) -> dict[str, int]:
+    """Length of every axis after the plan, in units of one group for grouped axes."""
+    result = {}
+    for axis in space.axes:
+        kept = plan.kept.get(axis.name)
+        result[axis.name] = (axis.size if kept is None else len(kept.units)) // axis.groups
+    return result
+
+
+def gone_parameters(space: Space, plan: Plan) -> set[str]:
+    """Parameters that dropped blocks take along."""
+    gone = set(plan.dropped)
+    return {name for block in space.blocks if block.name in gone for name in block.parameters}
+
+
+def costs(space: Space, plan: Plan, workload: Workload | None = None) -> Costs:
+    """Exact costs of the model that the plan gives; tied parameters count once."""
+    workload = workload or Workload()
+    at = lengths(space, plan)
+    gone = gone_parameters(space, plan)
+    params = bytes_ = 0.0
+    for parameter in space.parameters.values():
+        if parameter.name not in gone:
+            count = evaluate(parameter.size, at)
+            params += count
+            bytes_ += count * parameter.dtype.itemsize
+    dropped = tuple(f"{name}." for name in plan.dropped)
+    for cache in space.caches:
+        if not f"{cache.module}.".startswith(dropped or ("\0",)):
+            elements = evaluate(cache.size, at) * workload.batch * workload.positions(cache.module)
+            bytes_ += elements * _cache_itemsize(space)
+    return Costs(params, params, bytes_)
+
+
+def _cache_itemsize(space: Space) -> int:
+    """The cache is kept in the type of the weights: the commonest one counts."""
+    votes: dict[int, int] = defaultdict(int)
+    for parameter in space.parameters.values():
+        votes[parameter.dtype.itemsize] += 1
+    return max(votes, key=lambda size: votes[size]) if votes else 4
+
+
+@dataclass(frozen=True)
+class UniformCost:
+    """Costs as polynomials in one length for each kind, where every layer has the same shape.
+
+    ``fixed + layers * per_layer`` for each measure; layers are alike except that the KV cache may have windows,
+    which are averaged.
+    """
+
+    fixed: Mapping[str, Polynomial]
+    per_layer: Mapping[str, Polynomial]
+
+    def __call__(self, sizes: Mapping[str, float], layers: float) -> Costs:
+        """Costs at `sizes` (kind -> length; heads counts those of one KV group) and a number of layers."""
+        total = {m: evaluate(self.fixed[m], sizes) + layers * evaluate(self.per_layer[m], sizes) for m in self.fixed}
+        return Costs(total["params"], total["params"], total["memory"])
+
+
+def uniform_cost(space: Space, workload: Workload) -> UniformCost:
+    """Polynomials in the kinds of `UNIFORM_KINDS`, from the model's own parameters; other axes stay whole."""
+    kind = {axis.name: axis.kind for axis in space.axes if axis.kind in UNIFORM_KINDS}
+    whole = {axis.name: axis.per_group for axis in space.axes}
+    layers = {block.name for block in space.layers()}
+    fixed: dict[str, dict[tuple[str, ...], float]] = {m: defaultdict(float) for m in ("params", "memory")}
+    layered: dict[str, dict[tuple[str, ...], float]] = {m: defaultdict(float) for m in ("params", "memory")}
+
+    def add(measure: str, block: str | None, size: Polynomial, factor: float) -> None:
+        inside = block in layers
+        target = layered if inside else fixed
+        for names, coefficient in size.items():
+            key = tuple(sorted(kind[n] for n in names if n in kind))
+            rest = prod(whole[n] for n in names if n not in kind)
+            target[measure][key] += coefficient * rest * factor / (len(layers) if inside else 1)
+
+    for parameter in space.parameters.values():
+        add("params", parameter.block, parameter.size, 1)
+        add("memory", parameter.block, parameter.size, parameter.dtype.itemsize)
+    for cache in space.caches:
+        per_position = workload.batch * _cache_itemsize(space)
+        add("memory", cache.block, cache.size, per_position * workload.positions(cache.module))
+    return UniformCost(_plain(fixed), _plain(layered))
+
+
+def _plain(table: Mapping[str, Mapping[tuple[str, ...], float]]) -> dict[str, Polynomial]:
+    return {measure: dict(polynomial) for measure, polynomial in table.items()}

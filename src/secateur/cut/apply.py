@@ -1,0 +1,163 @@
+"""Apply a plan to a model.
+
+A Hugging Face model whose cut its own config can describe is rebuilt by the stock loader from the smaller config, so
+that what is in memory is what a user will load. Anything else is operated on directly (`cut.surgery`). Either way the
+result is traced again, and its shapes, sizes and constants must be those that the plan predicts.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.choose.plan import Plan
+from secateur.cut.config import cut_config
+from secateur.cut.names import new_name, renumbered
+from secateur.cut.surgery import operate
+from secateur.cut.tensors import cut_tensors
+from secateur.cut.verify import mismatch
+from secateur.errors import SecateurError
+from secateur.space import Space, discover
+
+
+def apply(
+    model: nn.Module, plan: Plan, *, space: Space | None = None, inputs: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Return the model that the plan makes of `model`, which stays as it is.
+
+    Args:
+        model: the dense model.
+        plan: what stays of it.
+        space: its Space, where it is known already.
+        inputs: arguments for one forward pass, as for `discover`; None for a Hugging Face language model.
+
+    Returns:
+        A new model of the same class, dtype, device and mode. Tied parameters stay tied.
+
+    Raises:
+        SecateurError: for a plan that does not fit the model, that removes nothing, or whose cut cannot be verified.
+    """
+    space = space or discover(model, inputs)
+    plan.check(space)
+    parameters = dict(model.named_parameters())
+    tensors = cut_tensors(parameters, space, plan)
+    smaller = sum(t.numel() for t in tensors.values()) < sum(p.numel() for p in parameters.values())
+    if not smaller and not plan.masks:
+        raise SecateurError("the plan removes no parameter: nothing would be smaller")
+    tensors = {n: t.clone() if t.data_ptr() == parameters[n].data_ptr() else t for n, t in tensors.items()}
+    new, why = stock_model(model, plan, space, tensors), "its config cannot describe the cut"
+    if new is None:
+        new = operate(model, plan, space, tensors, inputs)
+        why = "its attributes do not follow the cut"
+    new.train(model.training)
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(parameters[name].requires_grad if name in parameters else True)
+    wrong = mismatch(new, plan, space, inputs)
+    if wrong is not None:
+        raise SecateurError(f"{type(model).__name__} cannot be cut as planned, {why}: {wrong}")
+    return new
+
+
+def stock_model(model: nn.Module, plan: Plan, space: Space, tensors: Mapping[str, torch.Tensor]) -> nn.Module | None:
+    """The cut model as the stock loader builds it from a config, or None where no config describes it."""
+    config = getattr(model, "config", None)
+    if not hasattr(type(model), "from_pretrained") or config is None:
+        return None
+    try:
+        smaller = cut_config(config, space, plan)
+    except SecateurError:
+        return None  # the class rejects the sizes: surgery can still cut, and `ship` says why it cannot be saved
+    if smaller is None:
+        return None
+    moved = renumbered(space, plan)
+    state = {str(new_name(name, moved)): tensor for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        skeleton = type(model)(smaller)
+    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
+        return None
+    new = _load(model, smaller, state, moved)
+    return new if _restore_scales(model, new, space, moved) else None
+
+
+def _load(
+    model: nn.Module, config: Any, state: Mapping[str, torch.Tensor], moved: dict[str, str | None]
+) -> nn.Module:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    full = dict(state)
+    for name, tensor in model.state_dict().items():
+        after = new_name(name, moved)
+        if name not in parameters and after is not None:
+            full[after] = tensor.clone()
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    device = next(iter(state.values())).device
+    if device.type == "meta":
+        with torch.device("meta"):
+            return type(model)(config).to(next(iter(dtypes)))  # type: ignore[no-any-return]
+    with _quiet_transformers():
+        new, info = type(model).from_pretrained(  # type: ignore[attr-defined]
+            None, config=config, state_dict=full, dtype=next(iter(dtypes)), output_loading_info=True
+        )
+    tied = {alias for names in _tied(model) for alias in names}
+    missing = [name for name in info["missing_keys"] if name not in tied]
+    if missing or info["mismatched_keys"]:
+        raise SecateurError(f"the stock loader did not take {sorted(missing)[:3]} {list(info['mismatched_keys'])[:3]}")
+    for name, parameter in new.named_parameters():
+        parameter.data = parameter.data.to(device=device, dtype=state[name].dtype)
+    return new.to(device)  # type: ignore[no-any-return]
+
+
+def _tied(model: nn.Module) -> Iterator[list[str]]:
+    by_id: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_id.setdefault(id(parameter), []).append(name)
+    yield from by_id.values()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar and no report for a load that the user did not ask for."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _restore_scales(model: nn.Module, new: nn.Module, space: Space, moved: dict[str, str | None]) -> bool:
+    """Whether every computed buffer means what it did; scalars that follow a size are folded into the weights.
+
+    Gemma multiplies embeddings by sqrt(hidden size): the factor that a smaller config loses goes into the embedding,
+    and, where the head is tied to it, out of the last norm's weight.
+    """
+    after = dict(new.named_buffers())
+    scales = {scale.buffer: scale for scale in space.scales}
+    for name, old in model.named_buffers():
+        current = after.get(str(new_name(name, moved)))
+        if current is None or old.is_meta or current.is_meta or old.shape != current.shape:
+            continue
+        if torch.allclose(old.double(), current.double(), rtol=1e-6, atol=0):
+            continue
+        if name not in scales or old.numel() != 1:
+            return False
+        _fold(dict(new.named_parameters()), space, scales[name].embedding, float(old) / float(current))
+    return True
+
+
+@torch.no_grad()
+def _fold(parameters: Mapping[str, nn.Parameter], space: Space, embedding: str, ratio: float) -> None:
+    parameters[embedding].mul_(ratio)
+    if any(reader.parameter == embedding for reader in space.readers):
+        last = space.norms[-1]
+        if last.weight is None:
+            raise SecateurError(f"the norm {last.module} before the tied head has no weight to take a factor")
+        weight = parameters[last.weight]
+        weight.copy_((weight + last.weight_offset) / ratio - last.weight_offset)

@@ -1,0 +1,150 @@
+"""What a Hugging Face config calls the sizes, and which config describes a cut model."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.choose.plan import Plan
+from secateur.errors import SecateurError, nearest
+from secateur.space import Space
+
+# Names of one size over the configs of the field, first match wins; Minitron's own names come last.
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "ffn": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "kv_groups": ("num_key_value_heads", "num_kv_heads", "num_query_groups"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that all layers share, by kind; heads are counted over all groups."""
+
+    hidden: int | None = None
+    ffn: int | None = None
+    heads: int | None = None
+    kv_groups: int | None = None
+    layers: int | None = None
+
+    def get(self, kind: str) -> int | None:
+        """Size of a kind, None where the model has none or its layers differ."""
+        size: int | None = getattr(self, kind)
+        return size
+
+
+def field_of(config: Any, kind: str) -> str | None:
+    """The config's own name for the size of a kind."""
+    return next((name for name in FIELDS[kind] if hasattr(config, name)), None)
+
+
+def kind_of(config: Any, name: str) -> str:
+    """The kind that a config integer, or Minitron's name for it, sets.
+
+    Raises:
+        SecateurError: for a name that is none of them; names the nearest.
+    """
+    own = {field_of(config, kind): kind for kind in FIELDS}
+    for kind, names in FIELDS.items():
+        if name in names or name == kind:
+            return kind
+    known = [n for n in own if n] + ["ffn_hidden_size", "num_query_groups", "num_layers"]
+    raise SecateurError(f"dims: the config has no size {name!r}{nearest(name, known)}")
+
+
+def sizes_of(space: Space, plan: Plan | None = None) -> Sizes:
+    """The sizes of a model, or of what a plan makes of it; None where layers differ."""
+    plan = plan or Plan()
+    found: dict[str, int | None] = {}
+    for kind in ("hidden", "ffn", "heads", "kv_groups"):
+        values = set()
+        for axis in space.of_kind(kind):
+            if axis.block not in plan.dropped:
+                values.add(_kept_size(space, plan, axis.name))
+        found[kind] = values.pop() if len(values) == 1 else None
+    layers = space.layers()
+    found["layers"] = sum(1 for layer in layers if layer.name not in plan.dropped) if layers else None
+    return Sizes(**found)
+
+
+def _kept_size(space: Space, plan: Plan, name: str) -> int:
+    axis = space.axis(name)
+    kept = plan.kept.get(name)
+    size = axis.size if kept is None else len(kept.units)
+    if axis.parent is not None:
+        # Heads of a group that goes, go with it.
+        groups = plan.kept.get(axis.parent)
+        size = size // axis.groups * (axis.groups if groups is None else len(groups.units))
+    return size
+
+
+def cut_config(config: Any, space: Space, plan: Plan) -> Any:
+    """The stock config of a cut model, or None where no setting of its sizes can describe the cut.
+
+    Raises:
+        SecateurError: where the config class itself rejects the sizes; the message is the class's own.
+    """
+    before, after = sizes_of(space), sizes_of(space, plan)
+    if any(before.get(kind) is not None and after.get(kind) is None for kind in FIELDS):
+        return None
+    if any(block.name in plan.dropped and block.kind != "layers" for block in space.blocks):
+        return None
+    new = copy.deepcopy(config)
+    changed = {kind: after.get(kind) for kind in FIELDS if before.get(kind) != after.get(kind)}
+    head_dim = getattr(config, "head_dim", None) or _implied_head_dim(config)
+    values = new.to_dict()
+    for kind, size in changed.items():
+        name = field_of(config, kind)
+        if name is None:
+            return None
+        values[_stored(config, name)] = size
+        if kind == "heads" and before.kv_groups is None and hasattr(config, "num_key_value_heads"):
+            values["num_key_value_heads"] = size
+    if {"hidden", "heads"} & set(changed) and head_dim is not None and _takes_head_dim(config):
+        values["head_dim"] = head_dim
+    if "layers" in changed:
+        _cut_lists(values, [layer.name in plan.dropped for layer in space.layers()])
+    values.pop("transformers_version", None)
+    return build_config(config, values)
+
+
+def build_config(config: Any, values: Mapping[str, Any]) -> Any:
+    """A config of the same class with other values.
+
+    Raises:
+        SecateurError: with the class's own words, where it rejects them.
+    """
+    try:
+        new = type(config).from_dict(dict(values))
+    except Exception as error:  # huggingface_hub's strict dataclasses raise types of their own
+        text = " ".join(str(error).split())
+        raise SecateurError(f"{type(config).__name__} rejects these sizes: {text}") from error
+    for name in ("_attn_implementation", "_name_or_path"):
+        if getattr(config, name, None) is not None:
+            setattr(new, name, getattr(config, name))
+    return new
+
+
+def _stored(config: Any, name: str) -> str:
+    """The key under which the config keeps an attribute (GPT-2 stores hidden_size as n_embd)."""
+    mapped: str = getattr(config, "attribute_map", {}).get(name, name)
+    return mapped
+
+
+def _implied_head_dim(config: Any) -> int | None:
+    hidden, heads = (getattr(config, field_of(config, kind) or "", None) for kind in ("hidden", "heads"))
+    return hidden // heads if hidden and heads else None
+
+
+def _takes_head_dim(config: Any) -> bool:
+    """Models read an explicit head_dim wherever their config knows one, or knows grouped keys (Phi-3)."""
+    return hasattr(config, "head_dim") or hasattr(config, "num_key_value_heads")
+
+
+def _cut_lists(values: dict[str, Any], gone: Sequence[bool]) -> None:
+    """Lists with one entry for each layer (layer_types...) lose those of the dropped layers."""
+    for key, value in values.items():
+        if "layer" in key and isinstance(value, list) and len(value) == len(gone):
+            values[key] = [entry for entry, out in zip(value, gone, strict=True) if not out]

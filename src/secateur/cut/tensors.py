@@ -1,0 +1,44 @@
+"""Slice parameters: which rows of each tensor a plan keeps."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+
+from secateur.choose.cost import gone_parameters
+from secateur.choose.plan import Plan
+from secateur.space import Space
+
+
+def kept_rows(space: Space, plan: Plan) -> dict[tuple[str, int], torch.Tensor]:
+    """Row numbers, ascending, that stay of every (parameter, dimension) that the plan touches."""
+    masks: dict[tuple[str, int], torch.Tensor] = {}
+    for name, kept in plan.kept.items():
+        axis = space.axis(name)
+        gone = torch.ones(axis.size, dtype=torch.bool)
+        gone[list(kept.units)] = False
+        for part in axis.slices:
+            place = part.parameter, part.dim
+            if place not in masks:
+                masks[place] = torch.ones(space.parameters[part.parameter].shape[part.dim], dtype=torch.bool)
+            masks[place][part.rows()[gone].flatten()] = False
+    return {place: mask.nonzero().flatten() for place, mask in masks.items()}
+
+
+def cut_tensors(parameters: Mapping[str, torch.Tensor], space: Space, plan: Plan) -> dict[str, torch.Tensor]:
+    """Every parameter that stays, sliced and masked; tensors that lose nothing are shared, not copied."""
+    rows: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+    for (name, dim), kept in kept_rows(space, plan).items():
+        rows[name].append((dim, kept))
+    gone = gone_parameters(space, plan)
+    result = {}
+    for name, tensor in parameters.items():
+        if name in gone:
+            continue
+        new = tensor.detach()
+        if name in plan.masks:
+            new = new * plan.masks[name].to(new.device)
+        for dim, kept in rows[name]:
+            new = new.index_select(dim, kept.to(new.device))
+        result[name] = new
+    return result

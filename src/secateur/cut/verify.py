@@ -1,0 +1,66 @@
+"""Trace a cut model again and compare with what the plan predicts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from secateur.choose.cost import gone_parameters, lengths
+from secateur.choose.plan import Plan
+from secateur.cut.names import new_name, renumbered
+from secateur.errors import SecateurError
+from secateur.space import Space, discover, evaluate
+
+
+def mismatch(new: nn.Module, plan: Plan, space: Space, inputs: Mapping[str, Any] | None = None) -> str | None:
+    """What is otherwise than predicted in the cut model, in one line; None when all agrees.
+
+    Compared are the shape of every parameter and every floating-point literal in the graph: a scale that follows a
+    size would show here.
+    """
+    try:
+        traced = discover(new, inputs)
+    except SecateurError as error:
+        return str(error)
+    moved, at = renumbered(space, plan), lengths(space, plan)
+    shapes = {name: p.shape for name, p in traced.parameters.items()}
+    gone = gone_parameters(space, plan)
+    expected = {
+        new_name(name, moved): tuple(int(evaluate(dim, at)) for dim in parameter.dims)
+        for name, parameter in space.parameters.items()
+        if name not in gone
+    }
+    for name, shape in expected.items():
+        if shapes.get(str(name)) != shape:
+            return f"{name} has shape {shapes.get(str(name))}, predicted was {shape}"
+    if len(shapes) != len(expected):
+        return f"{len(shapes)} parameters, predicted were {len(expected)}"
+    out = tuple(f"{name}." for name in plan.dropped) + tuple(f"{m}." for m in _idle(space, plan))
+    constants = [
+        (new_name(c.module, moved), c.operator, c.values)
+        for c in space.constants
+        if not f"{c.module}.".startswith(out or ("\0",))
+    ]
+    for before, now in zip(constants, [(c.module, c.operator, c.values) for c in traced.constants], strict=False):
+        if before != now:
+            return f"{now[1]} in {now[0]} has the constant {now[2]}, before the cut it was {before[2]} in {before[0]}"
+    if len(constants) != len(traced.constants):
+        return f"{len(traced.constants)} constants in the graph, before the cut there were {len(constants)}"
+    return None
+
+
+def _idle(space: Space, plan: Plan) -> list[str]:
+    return [module for block in space.blocks if block.name in plan.dropped for module in block.idle]
+
+
+def literal_mismatch(new: nn.Module, plan: Plan, space: Space, inputs: Mapping[str, Any] | None = None) -> str | None:
+    """As `mismatch`, and every integer that Python code put into the graph."""
+    wrong = mismatch(new, plan, space, inputs)
+    if wrong is not None:
+        return wrong
+    at, moved = lengths(space, plan), renumbered(space, plan)
+    out = tuple(f"{name}." for name in plan.dropped)
+    kept = [x for x in space.literals if not f"{x.module}.".startswith(out or ("\0",))]
+    expected = [(new_name(x.module, moved), int(evaluate(x.size, at))) for x in kept]
+    found = [(x.module, x.value) for x in discover(new, inputs).literals]
+    return None if found == expected else "sizes in its Python code do not follow the cut"

@@ -1,0 +1,208 @@
+"""The nouns of the Space: axes, slices, blocks, and who reads whom."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+Polynomial = Mapping[tuple[str, ...], float]
+"""A cost as a sum of products of axis lengths: {(axis, axis...): coefficient}; () is the constant."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where an axis lives in one tensor.
+
+    Unit u is written in the mixed radix of `units`, a tuple of (count, stride), outermost first; it owns the rows
+    ``offset + sum(digit * stride) + o + i`` for every o made by `outer` (count, stride) and every i < `inner`.
+    """
+
+    parameter: str
+    dim: int
+    offset: int
+    units: tuple[tuple[int, int], ...]
+    outer: tuple[tuple[int, int], ...]
+    inner: int
+
+    def rows(self) -> torch.Tensor:
+        """Row numbers, int64 [size, rows per unit]."""
+        units = _positions(self.units)
+        within = _positions((*self.outer, (self.inner, 1)))
+        return self.offset + units[:, None] + within[None, :]
+
+
+def _positions(radix: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    total = torch.zeros(1, dtype=torch.int64)
+    for count, stride in radix:
+        total = (total[:, None] + torch.arange(count) * stride).flatten()
+    return total
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One prunable dimension of the model."""
+
+    name: str
+    kind: str
+    size: int
+    slices: tuple[Slice, ...]
+    groups: int = 1
+    """Units come in this many runs of equal length, and each run must keep the same number (heads of KV groups)."""
+    parent: str | None = None
+    """The axis that counts the groups, where that is one."""
+    block: str | None = None
+    """The block that it lies in; None where it runs through several."""
+
+    @property
+    def per_group(self) -> int:
+        """Units in one group."""
+        return self.size // self.groups
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part that can be dropped whole: a layer of the stack, or the attention or MLP sub-layer of one."""
+
+    name: str
+    kind: str
+    index: int
+    """Position of its layer in the stack."""
+    stack: str
+    """Path of the ModuleList."""
+    parameters: frozenset[str]
+    """Parameters that nothing else needs."""
+    idle: tuple[str, ...] = ()
+    """Modules outside of it (its norms) that do nothing once it is gone."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A module that multiplies its input with `parameter`, summing over dimension `in_dim`."""
+
+    module: str
+    parameter: str
+    in_dim: int
+    out_dim: int | None
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A parameter dimension (or a part of one) that is never cut, and why."""
+
+    parameter: str
+    dim: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Shape and cost of one parameter; tied names are all listed."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    size: Polynomial
+    """Number of elements as a polynomial in axis lengths."""
+    dims: tuple[Polynomial, ...]
+    """Length of each dimension as a polynomial in axis lengths."""
+    aliases: tuple[str, ...]
+    block: str | None
+
+
+@dataclass(frozen=True)
+class SizeLiteral:
+    """An integer that Python code of `module` used for a size, and that size in terms of axes."""
+
+    module: str
+    value: int
+    size: Polynomial
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Elements that one attention keeps for each position, as a polynomial in axis lengths."""
+
+    module: str
+    block: str | None
+    size: Polynomial
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A module that normalises over `axis`."""
+
+    module: str
+    axis: str
+    weight: str | None = None
+    """The parameter that scales its result."""
+    weight_offset: float = 0.0
+    """The result is scaled by (weight + this): 1 for Gemma."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A scalar buffer that multiplies what is looked up in an embedding (Gemma: the square root of hidden)."""
+
+    buffer: str
+    embedding: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Floating-point literals of one operator in `module`: they must not change when axes are cut."""
+
+    module: str
+    operator: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Space:
+    """All that can be cut of one model, and what depends on what."""
+
+    axes: tuple[Axis, ...]
+    blocks: tuple[Block, ...]
+    parameters: Mapping[str, Parameter]
+    readers: tuple[Reader, ...]
+    norms: tuple[Norm, ...]
+    embeddings: tuple[str, ...]
+    """Parameters that are looked up by number."""
+    caches: tuple[KVCache, ...]
+    frozen: tuple[Frozen, ...]
+    literals: tuple[SizeLiteral, ...]
+    constants: tuple[Constant, ...]
+    scales: tuple[Scale, ...]
+    idle_parameters: tuple[str, ...] = ()
+    """Parameters that the traced forward pass never touched."""
+
+    def axis(self, name: str) -> Axis:
+        """The axis of that name; KeyError otherwise."""
+        for axis in self.axes:
+            if axis.name == name:
+                return axis
+        raise KeyError(name)
+
+    def of_kind(self, kind: str) -> tuple[Axis, ...]:
+        """All axes of a kind, in the order of the forward pass."""
+        return tuple(axis for axis in self.axes if axis.kind == kind)
+
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of axes and blocks that this model has."""
+        return tuple(dict.fromkeys([*(a.kind for a in self.axes), *(b.kind for b in self.blocks)]))
+
+    def layers(self) -> tuple[Block, ...]:
+        """The droppable layers, in order."""
+        return tuple(block for block in self.blocks if block.kind == "layers")
+
+    def consumers(self, axis: Axis) -> Iterator[tuple[Reader, Slice]]:
+        """Who reads the units of an axis: each contraction whose weight has the axis on its input dimension."""
+        for reader in self.readers:
+            for part in axis.slices:
+                if (part.parameter, part.dim) == (reader.parameter, reader.in_dim):
+                    yield reader, part
+
+
+def evaluate(size: Polynomial, lengths: Mapping[str, float]) -> float:
+    """Value of a polynomial at the given axis lengths (units in each group, for grouped axes)."""
+    return sum(coefficient * prod(lengths[name] for name in names) for names, coefficient in size.items())
