@@ -117,7 +117,7 @@ def _parse_dims(dims: str | Mapping[str, int] | None) -> dict[str, int]:
         except json.JSONDecodeError as error:
             raise SecateurError(f"dims {dims!r} is not JSON: {error}") from error
     if not isinstance(dims, Mapping) or not dims:
-        raise SecateurError(f"dims must be a JSON object such as {{\"hidden_size\": 192}}, not {dims!r}")
+        raise SecateurError(f'dims must be a JSON object such as {{"hidden_size": 192}}, not {dims!r}')
     for name, size in dims.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise SecateurError(f"dims: {name} must be a whole number of at least 1, not {size!r}")

@@ -50,3 +50,17 @@ def plan_for_sizes(
         if size != axis.size:
             kept[axis.name] = keep_best(axis, scores[axis.name], size)
     return Plan(kept, tuple(dropped))
+
+
+def lost_energy(space: Space, scores: Mapping[str, torch.Tensor], kind: str, size: int) -> float:
+    """Share of the squared importance that goes when every axis of a kind keeps its best `size` units.
+
+    Averaged over the axes; 0 where nothing goes, towards 1 where all does.
+    """
+    losses = []
+    for axis in space.of_kind(kind):
+        energy = scores[axis.name].double().square()
+        kept = torch.tensor(keep_best(axis, scores[axis.name], size).units)
+        total = float(energy.sum())
+        losses.append(1 - float(energy[kept].sum()) / total if total > 0 else 1 - size / axis.size)
+    return sum(losses) / len(losses) if losses else 0.0

@@ -6,7 +6,6 @@ result is traced again, and its shapes, sizes and constants must be those that t
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from secateur.cut.surgery import operate
 from secateur.cut.tensors import cut_tensors
 from secateur.cut.verify import mismatch
 from secateur.errors import SecateurError
+from secateur.load.model import quiet_transformers
 from secateur.space import Space, discover
 
 
@@ -73,8 +73,11 @@ def stock_model(model: nn.Module, plan: Plan, space: Space, tensors: Mapping[str
         return None
     moved = renumbered(space, plan)
     state = {str(new_name(name, moved)): tensor for name, tensor in tensors.items()}
-    with torch.device("meta"):
-        skeleton = type(model)(smaller)
+    try:
+        with torch.device("meta"):
+            skeleton = type(model)(smaller)
+    except ValueError:
+        return None  # the modules check sizes that the config does not (GPT-2's heads)
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
         return None
@@ -82,9 +85,7 @@ def stock_model(model: nn.Module, plan: Plan, space: Space, tensors: Mapping[str
     return new if _restore_scales(model, new, space, moved) else None
 
 
-def _load(
-    model: nn.Module, config: Any, state: Mapping[str, torch.Tensor], moved: dict[str, str | None]
-) -> nn.Module:
+def _load(model: nn.Module, config: Any, state: Mapping[str, torch.Tensor], moved: dict[str, str | None]) -> nn.Module:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     full = dict(state)
     for name, tensor in model.state_dict().items():
@@ -95,8 +96,8 @@ def _load(
     device = next(iter(state.values())).device
     if device.type == "meta":
         with torch.device("meta"):
-            return type(model)(config).to(next(iter(dtypes)))  # type: ignore[no-any-return]
-    with _quiet_transformers():
+            return type(model)(config).to(next(iter(dtypes)))
+    with quiet_transformers():
         new, info = type(model).from_pretrained(  # type: ignore[attr-defined]
             None, config=config, state_dict=full, dtype=next(iter(dtypes)), output_loading_info=True
         )
@@ -116,22 +117,6 @@ def _tied(model: nn.Module) -> Iterator[list[str]]:
     yield from by_id.values()
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bar and no report for a load that the user did not ask for."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _restore_scales(model: nn.Module, new: nn.Module, space: Space, moved: dict[str, str | None]) -> bool:
     """Whether every computed buffer means what it did; scalars that follow a size are folded into the weights.
 
@@ -144,7 +129,7 @@ def _restore_scales(model: nn.Module, new: nn.Module, space: Space, moved: dict[
         current = after.get(str(new_name(name, moved)))
         if current is None or old.is_meta or current.is_meta or old.shape != current.shape:
             continue
-        if torch.allclose(old.double(), current.double(), rtol=1e-6, atol=0):
+        if torch.allclose(old.double(), current.to(old.dtype).double(), rtol=1e-6, atol=0):
             continue
         if name not in scales or old.numel() != 1:
             return False

@@ -2,12 +2,15 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from torch import nn
 
 from secateur.choose.plan import Plan
 from secateur.errors import SecateurError, nearest
-from secateur.space import Space
+from secateur.space import Space, evaluate
 
 # Names of one size over the configs of the field, first match wins; Minitron's own names come last.
 FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -91,10 +94,24 @@ def cut_config(config: Any, space: Space, plan: Plan) -> Any:
         return None
     if any(block.name in plan.dropped and block.kind != "layers" for block in space.blocks):
         return None
-    new = copy.deepcopy(config)
+    return resized_config(config, before, after, [layer.name in plan.dropped for layer in space.layers()])
+
+
+def resized_config(config: Any, before: Sizes, after: Sizes, gone: Sequence[bool]) -> Any:
+    """The config with other sizes; None where it has no name for one of them.
+
+    Args:
+        config: the dense model's.
+        before: its sizes.
+        after: the sizes to set.
+        gone: for each layer, whether it is dropped.
+
+    Raises:
+        SecateurError: where the config class itself rejects the sizes.
+    """
     changed = {kind: after.get(kind) for kind in FIELDS if before.get(kind) != after.get(kind)}
     head_dim = getattr(config, "head_dim", None) or _implied_head_dim(config)
-    values = new.to_dict()
+    values = copy.deepcopy(config).to_dict()
     for kind, size in changed.items():
         name = field_of(config, kind)
         if name is None:
@@ -105,9 +122,37 @@ def cut_config(config: Any, space: Space, plan: Plan) -> Any:
     if {"hidden", "heads"} & set(changed) and head_dim is not None and _takes_head_dim(config):
         values["head_dim"] = head_dim
     if "layers" in changed:
-        _cut_lists(values, [layer.name in plan.dropped for layer in space.layers()])
+        _cut_lists(values, gone)
     values.pop("transformers_version", None)
     return build_config(config, values)
+
+
+def describes(model: nn.Module, space: Space, sizes: Sizes) -> bool:
+    """Whether the stock class can be configured to these sizes, tried on one layer and on meta tensors.
+
+    GPT-2's config cannot set a head dimension, so its hidden size and heads must be cut together; Llama's rejects a
+    hidden size that its heads do not divide.
+    """
+    layers = space.layers()
+    gone = [i > 0 for i in range(len(layers))]
+    one_layer = replace(sizes, layers=1 if layers else sizes.layers)
+    try:
+        config = resized_config(model.config, sizes_of(space), one_layer, gone)
+        if config is None:
+            return False
+        with torch.device("meta"):
+            skeleton = type(model)(config)
+    except (SecateurError, ValueError):
+        return False  # the class says no to such sizes: that is the answer to the question
+    groups = sizes.kv_groups or 1
+    lengths = {"hidden": sizes.hidden, "ffn": sizes.ffn, "kv_groups": sizes.kv_groups}
+    lengths["heads"] = None if sizes.heads is None else sizes.heads // groups
+    at = {axis.name: lengths.get(axis.kind) or axis.per_group for axis in space.axes}
+    parameters = dict(skeleton.named_parameters())
+    return all(
+        name in space.parameters and tuple(p.shape) == tuple(int(evaluate(d, at)) for d in space.parameters[name].dims)
+        for name, p in parameters.items()
+    )
 
 
 def build_config(config: Any, values: Mapping[str, Any]) -> Any:

@@ -123,13 +123,13 @@ def _drop_layers(new: nn.Module, plan: Plan, space: Space) -> None:
         if not any(gone):
             continue
         layers = new.get_submodule(stack)
-        kept = [(i, layer) for i, (layer, out) in enumerate(zip(layers.children(), gone, strict=True)) if not out]
-        for index, (before, layer) in enumerate(kept):
-            for module in layer.modules():
+        kept = [(i, module) for i, (module, out) in enumerate(zip(layers.children(), gone, strict=True)) if not out]
+        for index, (before, kept_layer) in enumerate(kept):
+            for module in kept_layer.modules():
                 for name, value in vars(module).items():
                     if name in ("layer_idx", "layer_index", "layer_id") and value == before:
                         setattr(module, name, index)
-        new.set_submodule(stack, nn.ModuleList(layer for _, layer in kept))
+        new.set_submodule(stack, nn.ModuleList(module for _, module in kept))
         config = getattr(new, "config", None)
         name = None if config is None else field_of(config, "layers")
         if name is not None and getattr(config, name) == len(gone):
@@ -144,7 +144,7 @@ def _set_shape_attributes(new: nn.Module) -> None:
         for attribute, dim in _SHAPE_ATTRIBUTES.get(type(module).__name__, {}).items():
             setattr(module, attribute, weight.shape[dim])
         if isinstance(getattr(module, "normalized_shape", None), tuple):
-            module.normalized_shape = tuple(weight.shape)
+            setattr(module, "normalized_shape", tuple(weight.shape))  # noqa: B010 - mypy knows modules by their tensors
 
 
 def _choices(new: nn.Module, plan: Plan, space: Space) -> dict[Any, list[Any]]:

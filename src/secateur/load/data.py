@@ -209,6 +209,12 @@ def existing_file(path: Path) -> Path:
     raise SecateurError(f"{path}: no such file or folder{hint}")
 
 
+def check_source(source: str | Path) -> None:
+    """Raise SecateurError where a data source is a local path with nothing to read; hub ids are not looked up."""
+    if _hub_id(str(source), Path(source)) is None:
+        _usable_files(Path(source))
+
+
 def _usable_files(path: Path) -> list[Path]:
     """List the files that can be read: `path` itself, or those of the folder in sorted order."""
     existing_file(path)

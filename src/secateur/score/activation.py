@@ -108,7 +108,7 @@ def activation_scores(
     for key, energy in watch.energy.items():
         if not bool(torch.isfinite(energy).all()):
             place, _, module = key.partition(":")
-            raise SecateurError(f"NaN or infinite activations at the {place} of {module}: check weights, data and dtype")
+            raise SecateurError(f"NaN or infinite activations at the {place} of {module}: check the weights and dtype")
     scores = {axis.name: _axis_score(axis, watch, space, norms[axis.name]) for axis in wanted}
     influence = {name: 1 - float(total) / watch.tokens for name, total in watch.cosine.items()}
     return Scores(scores, influence, samples, int(watch.tokens))
@@ -123,7 +123,6 @@ def _forward(model: nn.Module, batch: Batch, watch: _Watch) -> int:
     if watch.mask is not None and bool(watch.mask.all()):
         watch.mask = None
     watch.tokens += float(first.numel() if watch.mask is None else watch.mask.sum())
-    # The logits are not needed: most language models can be told to compute those of one position only.
     extra: dict[str, Any] = {"use_cache": False} if hasattr(model, "config") else {}
     model(**arguments, **extra)
     return int(first.shape[0])

@@ -143,4 +143,3 @@ def _residual_add(graph: _Graph, node: fx.Node) -> tuple[fx.Node, fx.Node] | Non
             return node, users[0]
         else:
             return None
-

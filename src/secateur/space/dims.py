@@ -147,7 +147,8 @@ def unify(a: Term, b: Term, reason: str) -> None:
     elif isinstance(a, Cat) and isinstance(b, Cat):
         _align_segments(a, b, reason)
     else:
-        _unify_product_with_concat(*((a, b) if isinstance(a, Prod) else (b, a)), reason)
+        grouped, parts = (a, b) if isinstance(a, Prod) else (b, a)
+        _unify_product_with_concat(grouped, parts, reason)
 
 
 def _unify_product_with_concat(a: Term, b: Term, reason: str) -> None:

@@ -269,5 +269,3 @@ def _plus(parts: Sequence[Polynomial]) -> Polynomial:
         for names, coefficient in part.items():
             result[names] += coefficient
     return dict(result)
-
-

@@ -11,7 +11,6 @@ from torch.export.graph_signature import InputKind
 
 from secateur.space.dims import Term, Var, freeze, is_live
 
-
 # Operators whose rule takes notes for others, and so runs even where nothing can be cut any more.
 NOTED = frozenset(f"aten.{n}" for n in ("linear", "addmm", "mm", "matmul", "bmm", "embedding"))
 NOTED |= {"aten.softmax", "aten.scaled_dot_product_attention"}

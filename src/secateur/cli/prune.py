@@ -1,0 +1,179 @@
+"""``secateur prune MODEL --out DIR --budget params=70%``: cut a model and save the smaller one."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from secateur.choose import Budget
+from secateur.cli import tables
+from secateur.cli.options import Common, Group, Reading, check_data, method_options, parse
+from secateur.errors import SecateurError, nearest
+from secateur.load.model import load_model
+from secateur.measure.choice import load_questions
+from secateur.measure.quality import choice_metric, load_metric, perplexity_metric
+from secateur.methods import METHODS
+from secateur.methods.verbs import batches_of, prune
+from secateur.ship import save
+from secateur.ship.checkpoint import check_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How candidates of a search are scored."""
+
+    score: str = "kl"
+    """kl (to the dense model), perplexity, choice (multiple-choice accuracy), or module:function (higher is better)."""
+    questions: Path | None = None
+    """For choice: .jsonl or .parquet in MMLU's layout (question, choices, answer, subject)."""
+    shots: int = 0
+    """For choice: examples shown before each question."""
+    fraction: float = 1.0
+    """For choice: share of the questions to ask."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Cut a model to a budget and save the smaller one, with a report of what it cost."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Folder or hub id of a Hugging Face language model."""
+    out: Path
+    """Folder to write; it appears whole or not at all."""
+    budget: tuple[str, ...] = ()
+    """What the result may cost: params=70%, params=6B, memory=8GiB...; all of several must hold."""
+    dims: str | None = None
+    """Exact sizes in place of a budget, as JSON: '{"hidden_size": 192, "num_hidden_layers": 7}'."""
+    method: str = "minitron"
+    """The algorithm."""
+    data: str = "self"
+    """Calibration data: .txt, .jsonl, .parquet, .npy token ids, a folder of them, a hub id, or self (written by
+    the model)."""
+    eval_data: str | None = None
+    """Held-out data to measure the model on before and after; nothing is measured without."""
+    overwrite: bool = False
+    """Replace an existing result in --out."""
+    reading: Annotated[Reading, Group] = dataclasses.field(default_factory=Reading)
+    scoring: Annotated[Scoring, Group] = dataclasses.field(default_factory=Scoring)
+    common: Annotated[Common, Group] = dataclasses.field(default_factory=Common)
+
+
+def run(words: Sequence[str]) -> None:
+    """Run the verb."""
+    method = _method(words)
+    options_class = method_options(METHODS[method], without=("score", "track"))
+    whole = dataclasses.make_dataclass(
+        "Whole",
+        [
+            ("arguments", Annotated[Arguments, Group]),
+            ("options", Annotated[options_class, Group], dataclasses.field(default_factory=options_class)),
+        ],
+        frozen=True,
+    )
+    whole.__doc__ = Arguments.__doc__
+    parsed = parse(whole, "prune", words)
+    arguments: Arguments = parsed.arguments
+    options = {f.name: getattr(parsed.options, f.name) for f in dataclasses.fields(parsed.options)}
+    common, reading, scoring = arguments.common, arguments.reading, arguments.scoring
+    check_out(arguments.out, overwrite=arguments.overwrite)
+    budget = Budget.parse(arguments.budget, arguments.dims)
+    check_data(arguments.data, arguments.eval_data)
+    ask = _scorer(scoring, has_search=bool(budget.limits))
+    model, tokenizer, source = load_model(arguments.model, device=common.device, dtype=common.dtype)
+    check_out(arguments.out, overwrite=arguments.overwrite, source=source)
+    track = common.track()
+    how = {"tokenizer": tokenizer, "seed": common.seed, "track": track, **dataclasses.asdict(reading)}
+    rows = batches_of(model, arguments.data, **how)
+    held_out = None if arguments.eval_data is None else batches_of(model, arguments.eval_data, **how)
+    score = None if ask is None else ask(model, tokenizer, rows, int(options.get("score_samples", 64)))
+    result = prune(
+        model, budget, method=method, data=rows, eval_data=held_out, name=arguments.model, track=track, score=score,
+        **options,
+    )  # fmt: skip
+    report = {**result.report, "data": {"calibration": arguments.data, "evaluation": arguments.eval_data}}
+    report["options"] = {**report["options"], **_shown(common, reading)}
+    if common.dtype is not None and source.dtype is not None:
+        for parameter in result.model.parameters():  # buffers keep the precision that stock loading gives them
+            parameter.data = parameter.data.to(source.dtype)
+    save(
+        result.model, arguments.out, plan=result.plan, source=source, tokenizer=tokenizer, report=report,
+        overwrite=arguments.overwrite,
+    )  # fmt: skip
+    common.show({"out": str(arguments.out), **report}, lambda console: _draw(console, report, arguments.out))
+
+
+def _method(words: Sequence[str]) -> str:
+    """The value of --method, which decides what other options there are."""
+    for i, word in enumerate(words):
+        name, sign, value = word.partition("=")
+        if name == "--method":
+            method = value if sign else words[i + 1] if i + 1 < len(words) else ""
+            if method not in METHODS:
+                raise SecateurError(f"--method: there is no method {method!r}{nearest(method, METHODS)}")
+            return method
+    return "minitron"
+
+
+def _scorer(scoring: Scoring, has_search: bool) -> Any:
+    """A function that makes the metric once the model and its data are there; None for the method's own."""
+    if scoring.score != "choice" and (scoring.questions is not None or scoring.shots or scoring.fraction != 1.0):
+        raise SecateurError(f"--questions, --shots and --fraction go with --score choice, not {scoring.score}")
+    if not has_search and scoring.score != "kl":
+        raise SecateurError(f"--score {scoring.score} has no use with exact --dims: there are no candidates to score")
+    if scoring.score == "kl":
+        return None
+    if scoring.score == "perplexity":
+        return lambda model, _, rows, count: perplexity_metric(_some(rows, count))
+    if scoring.score == "choice":
+        if scoring.questions is None:
+            raise SecateurError("--score choice needs --questions, a .jsonl or .parquet file")
+        questions = load_questions(scoring.questions, scoring.fraction)
+        return lambda model, tokenizer, *_: choice_metric(tokenizer, questions, shots=scoring.shots)
+    if ":" not in scoring.score:
+        raise SecateurError(
+            f"--score: there is no score {scoring.score!r}{nearest(scoring.score, ['kl', 'perplexity', 'choice'])}"
+            " (or module:function)"
+        )
+    metric = load_metric(scoring.score)
+    return lambda *_: metric
+
+
+def _some(rows: Sequence[Any], count: int) -> list[Any]:
+    joined = torch.cat(list(rows))[:count]
+    return list(torch.split(joined, len(rows[0])))
+
+
+def _shown(common: Common, reading: Reading) -> dict[str, Any]:
+    shown = {"seed": common.seed, "device": common.device, "dtype": common.dtype, **dataclasses.asdict(reading)}
+    return {key: value for key, value in shown.items() if value is not None}
+
+
+def _draw(console: Console, report: dict[str, Any], out: Path) -> None:
+    if "search" in report:
+        tables.candidates(console, report["search"])
+    rows = [
+        (name, str(size["dense"]), str(size["pruned"]), tables.share(size["pruned"] or 0, size["dense"]))
+        for name, size in report["sizes"].items()
+    ]
+    params, memory = report["costs"]["params"], report["costs"]["memory"]
+    rows.append(
+        ("parameters", f"{params['dense']:,}", f"{params['pruned']:,}", tables.share(params["pruned"], params["dense"]))
+    )
+    label = f"weights + KV cache ({memory['kv_batch']} x {memory['kv_seq_len']})"
+    sizes = (tables.bytes_text(memory["dense"]), tables.bytes_text(memory["pruned"]))
+    rows.append((label, *sizes, tables.share(memory["pruned"], memory["dense"])))
+    if "measured" in report:
+        found = report["measured"]
+        perplexity = found["perplexity"]
+        rows.append(("perplexity, held out", f"{perplexity['dense']:.2f}", f"{perplexity['pruned']:.2f}", ""))
+        rows.append(("KL to the dense model", "0", f"{found['kl']:.3f}", ""))
+        rows.append(("top-1 agreement", "100%", f"{100 * found['top1']:.1f}%", ""))
+    tables.table(console, "What was cut, and what it cost", ("", "dense", "pruned", "share"), rows)
+    if report["dropped"]:
+        console.print(f"dropped: {', '.join(report['dropped'])}")
+    console.print("Nothing was trained after the cut: distilling or fine-tuning will win much of the loss back.")
+    console.print(f"saved in {out} (report.json, plan.json, and a model that stock transformers loads)", soft_wrap=True)

@@ -1,0 +1,53 @@
+"""How numbers are shown to people."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Draw a table; the first column is words, the others are numbers."""
+    drawn = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        drawn.add_row(*row)
+    console.print(drawn)
+
+
+def bytes_text(count: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} TiB"
+
+
+def share(part: float, whole: float) -> str:
+    """A part in per cent of the whole."""
+    return f"{100 * part / whole:.1f}%" if whole else "-"
+
+
+def candidates(console: Console, search: Mapping[str, Any]) -> None:
+    """The ranking of a search."""
+    rows = []
+    for rank, entry in enumerate(search["candidates"], start=1):
+        sizes = ", ".join(f"{name} {size}" for name, size in entry["sizes"].items())
+        mark = " (chosen)" if entry["chosen"] else ""
+        rows.append(
+            (
+                f"{rank}. {sizes}{mark}",
+                f"{entry['params']:,.0f}",
+                f"{entry['expected_kl']:.3f}",
+                f"{entry['score']:.4f}",
+            )
+        )
+    better = "higher" if search["higher_is_better"] else "lower"
+    title = f"{len(rows)} of {search['feasible']:,} architectures within the budget, in the order of the expected KL"
+    table(
+        console, title, ("architecture", "parameters", "expected KL", f"{search['score']} ({better} is better)"), rows
+    )

@@ -1,0 +1,1 @@
+"""READING it: models, calibration and evaluation data."""

@@ -1,0 +1,1 @@
+"""KNOWING it: quality, measured."""

@@ -1,0 +1,105 @@
+"""Measure what single cuts cost: one probe for each kind of axis, and layers dropped one after the other."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from secateur.choose.plan import Plan
+from secateur.choose.rank import lost_energy, plan_for_sizes
+from secateur.choose.search import Grid, per_group
+from secateur.cut import apply
+from secateur.progress import Track, quiet
+from secateur.score.activation import Scores
+from secateur.space import Space
+
+Ladder = Sequence[tuple[tuple[str, ...], float]]
+"""For 0, 1, 2... dropped layers: which, and the KL of dropping just them, in nats per token."""
+
+PROPOSALS = 3
+"""Layers of the lowest block influence that are really measured before one is dropped."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the proxy of the search needs, in nats of KL per token."""
+
+    weight: Mapping[str, float]
+    """Kind -> KL for each unit of lost importance energy."""
+    depth: Ladder
+
+    def loss(self, space: Space, scores: Scores, dense: Mapping[str, int]) -> Callable[[Mapping[str, int]], float]:
+        """The proxy: sizes -> expected KL, the single cuts' losses added up.
+
+        Args:
+            space: the dense model's.
+            scores: importance of its axes.
+            dense: its sizes by kind; heads are counted over all groups.
+        """
+
+        @functools.cache
+        def lost(kind: str, units: int) -> float:
+            return lost_energy(space, scores.axes, kind, units)
+
+        def expected(sizes: Mapping[str, int]) -> float:
+            total = self.depth[dense["layers"] - sizes["layers"]][1] if "layers" in sizes else 0.0
+            for kind, weight in self.weight.items():
+                units = sizes[kind]
+                if kind == "heads":  # those of the groups that go are the groups' loss
+                    units = per_group(sizes) * dense.get("kv_groups", 1)
+                total += weight * lost(kind, units)
+            return total
+
+        return expected
+
+
+def probe_kinds(
+    model: nn.Module,
+    space: Space,
+    scores: Scores,
+    grid: Grid,
+    kl: Callable[[nn.Module], float],
+    track: Track = quiet,
+) -> dict[str, float]:
+    """KL for each unit of lost energy, from one cut of each kind alone, to the middle of its choices.
+
+    The importance of different kinds is not comparable (norm outputs against FFN inputs...); one measurement each
+    makes it so.
+    """
+    weights: dict[str, float] = {}
+    for kind, size in track(list(grid.probes().items()), "probing one cut of each kind"):
+        sizes = {kind: size}
+        if kind == "kv_groups":  # their heads go with them
+            sizes["heads"] = per_group(grid.dense) * size
+        plan = plan_for_sizes(space, scores.axes, sizes)
+        energy = lost_energy(space, scores.axes, kind, size)
+        weights[kind] = max(kl(apply(model, plan, space=space)), 0.0) / max(energy, 1e-9)
+    return weights
+
+
+def drop_layers(
+    model: nn.Module,
+    space: Space,
+    scores: Scores,
+    count: int,
+    kl: Callable[[nn.Module], float],
+    track: Track = quiet,
+) -> Ladder:
+    """Drop up to `count` layers greedily: block influence proposes, the KL of the real removal decides.
+
+    Returns:
+        For 0..count dropped layers: their names in the model's order, and the KL.
+    """
+    order = [layer.name for layer in space.layers()]
+    ladder: list[tuple[tuple[str, ...], float]] = [((), 0.0)]
+    for _ in range(count):
+        gone = ladder[-1][0]
+        left = sorted((name for name in order if name not in gone), key=lambda name: (scores.blocks[name], name))
+        trials: list[tuple[float, int, tuple[str, ...]]] = []
+        for rank, name in enumerate(track(left[:PROPOSALS], f"dropping layer {len(gone) + 1} of {count}")):
+            trial = tuple(layer for layer in order if layer in gone or layer == name)
+            trials.append((kl(apply(model, Plan(dropped=trial), space=space)), rank, trial))
+        best = min(trials)
+        ladder.append((best[2], best[0]))
+    return ladder

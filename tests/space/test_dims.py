@@ -1,0 +1,651 @@
+"""The algebra of dimensions, and its meaning: what it says about rows against what torch does with them."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from secateur.choose.cost import costs
+from secateur.choose.plan import Kept, Plan
+from secateur.cut import apply
+from secateur.errors import SecateurError
+from secateur.space import Slice, Space, discover
+from secateur.space.dims import (
+    Cat,
+    Prod,
+    Term,
+    Var,
+    add_role,
+    align,
+    concat,
+    freeze,
+    is_live,
+    leaves,
+    narrow,
+    product,
+    resolve,
+    size_of,
+    split,
+    unify,
+)
+
+WHY = "because"
+
+
+def var(size: int) -> Var:
+    return Var(size)
+
+
+# --- examples ---------------------------------------------------------------------------------------------------
+
+
+def test_a_view_splits_a_dimension() -> None:
+    whole, heads, width = var(12), var(3), var(4)
+    align([whole], [heads, width], WHY)
+    assert resolve(whole) == Prod((heads, width))
+    assert is_live(heads)
+    assert is_live(width)
+
+
+def test_a_view_merges_dimensions() -> None:
+    heads, width, whole = var(3), var(4), var(12)
+    align([heads, width], [whole], WHY)
+    assert resolve(whole) == Prod((heads, width))
+    assert is_live(whole)
+
+
+def test_split_and_merge_come_back_to_the_same() -> None:
+    whole, again = var(12), var(12)
+    parts = var(3), var(4)
+    align([whole], parts, WHY)
+    align(parts, [again], WHY)
+    assert resolve(whole) == resolve(again)
+
+
+def test_boundaries_that_do_not_line_up_freeze() -> None:
+    left, right = [var(4), var(6)], [var(6), var(4)]
+    align(left, right, WHY)
+    # 4 x 6 = 2 x 2 x ... has no common refinement with 6 x 4.
+    assert not any(is_live(t) for t in (*left, *right))
+    assert {leaf.frozen for t in left for leaf in leaves(t)} == {WHY}
+
+
+def test_boundaries_that_refine_each_other() -> None:
+    a, b, c, d = var(2), var(12), var(6), var(4)
+    align([a, b], [c, d], WHY)
+    first, second, third = (leaf for t in (a, b) for leaf in leaves(t))
+    assert (first.size, second.size, third.size) == (2, 3, 4)
+    assert resolve(c) == Prod((first, second))
+    assert resolve(d) is third
+
+
+def test_frozen_parts_freeze_what_they_are_unified_with() -> None:
+    free, fixed = var(5), Var(5, frozen="an output")
+    unify(free, fixed, WHY)
+    assert resolve(free) is resolve(fixed)
+    assert not is_live(free)
+    assert [leaf.frozen for leaf in leaves(free)] == ["an output"]
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_freezing_reaches_into_products_and_the_first_reason_stays(order: int) -> None:
+    whole, parts = var(12), (var(3), var(4))
+    if order:
+        freeze(whole, "first")
+    align([whole], parts, WHY)
+    if not order:
+        freeze(whole, "first")
+    freeze(parts[0], "second")
+    assert [leaf.frozen for leaf in leaves(whole)] == ["first", "first"]
+
+
+def test_different_sizes_freeze_both() -> None:
+    a, b = var(3), var(4)
+    unify(a, b, WHY)
+    assert (a.frozen, b.frozen) == (WHY, WHY)
+
+
+def test_occurs_check() -> None:
+    """X = [x, nothing else of any size] has no finite solution; it freezes, and does not loop."""
+    x, one = var(4), var(1)
+    unify(x, Cat((x, Var(0))), WHY)
+    assert resolve(x) is x
+    assert x.frozen == WHY
+    assert list(leaves(x)) == [x]
+    align([one, x], [x], WHY)  # ones are nothing: x = x
+    assert resolve(x) is x
+
+
+def test_roles_and_tiles_survive_a_binding() -> None:
+    a, b = Var(5, tile=True), var(5)
+    add_role(a, "heads")
+    add_role(b, "head_dim")
+    unify(a, b, WHY)
+    end = resolve(a)
+    assert isinstance(end, Var)
+    assert end is resolve(b)
+    assert end.tile
+    assert end.roles == {"heads", "head_dim"}
+
+
+def test_product_distributes_over_a_leading_concatenation() -> None:
+    a, b, c = var(2), var(3), var(4)
+    assert product([Cat((a, b)), c]) == Cat((Prod((a, c)), Prod((b, c))))
+    assert product([var(1), a]) is a
+    assert size_of(product([])) == 1
+
+
+def test_concat_is_flat() -> None:
+    a, b, c = var(2), var(3), var(4)
+    assert concat([Cat((a, b)), Var(0), c]) == Cat((a, b, c))
+    assert concat([a]) is a
+    assert size_of(concat([])) == 0
+
+
+def test_narrow_selects_segments() -> None:
+    whole = var(10)
+    first = narrow(whole, 0, 3, WHY)
+    rest = narrow(whole, 3, 10, WHY)
+    assert resolve(whole) == Cat((first, rest))
+    assert narrow(whole, 0, 10, WHY) == resolve(whole)
+    assert (narrow(whole, 0, 3, WHY), narrow(whole, 3, 10, WHY)) == (first, rest)
+    assert size_of(narrow(whole, 4, 4, WHY)) == 0
+    assert is_live(whole)
+
+
+def test_narrow_across_a_product_freezes_what_it_cannot_cut() -> None:
+    heads, width = var(3), var(4)
+    whole = Prod((heads, width))
+    part = narrow(whole, 0, 6, WHY)  # one head and a half
+    assert size_of(part) == 6
+    assert not is_live(part)
+    assert not is_live(whole)
+
+
+def test_narrow_of_whole_rows_of_a_product() -> None:
+    heads, width = var(3), var(4)
+    part = narrow(Prod((heads, width)), 4, 12, WHY)
+    first, rest = leaves(heads)
+    assert part == Prod((rest, width))
+    assert (first.size, rest.size) == (1, 2)
+
+
+def test_product_with_concatenation_is_the_same_cut_in_each_segment() -> None:
+    """A GLU's [2, n] flattened, against two halves."""
+    two, n, gate, up = var(2), var(5), var(5), var(5)
+    unify(Prod((two, n)), Cat((gate, up)), WHY)
+    assert resolve(gate) is resolve(up) is resolve(n)
+    assert is_live(n)
+    assert two.frozen == WHY
+
+
+def test_product_with_uneven_concatenation_freezes() -> None:
+    parts = var(2), var(5), var(4), var(6)
+    unify(Prod(parts[:2]), Cat(parts[2:]), WHY)
+    assert all(p.frozen == WHY for p in parts)
+
+
+def test_concatenations_are_cut_at_each_others_boundaries() -> None:
+    a, b, c, d = var(2), var(8), var(5), var(5)
+    unify(Cat((a, b)), Cat((c, d)), WHY)
+    assert [leaf.size for leaf in leaves(Cat((a, b)))] == [2, 3, 5]
+    assert list(leaves(Cat((a, b)))) == list(leaves(Cat((c, d))))
+    assert is_live(a)
+
+
+def test_split_of_a_concatenation_shares_the_inner_part() -> None:
+    """Fused q, k, v of 3, 2 and 2 heads of 4: one head_dim, three counts of heads."""
+    q, k, v = var(12), var(8), var(8)
+    parts = split(Cat((q, k, v)), 7, WHY)
+    assert parts is not None
+    assert [size_of(t) for t in parts] == [7, 4]
+    assert [leaf.size for leaf in leaves(q)] == [3, 4]
+    assert resolve(list(leaves(q))[1]) is resolve(list(leaves(k))[1]) is resolve(parts[1])
+    assert split(var(12), 5, WHY) is None
+    assert split(Cat((var(6), var(9))), 5, WHY) is not None
+    assert split(Cat((var(5), var(10))), 2, WHY) is None
+
+
+# --- properties -------------------------------------------------------------------------------------------------
+
+
+def terms(pool: list[Var], depth: int = 2) -> st.SearchStrategy[Term]:
+    """Terms over fresh variables, which are noted in `pool`."""
+
+    def fresh(size: int) -> Var:
+        pool.append(Var(size))
+        return pool[-1]
+
+    base: st.SearchStrategy[Term] = st.integers(1, 6).map(fresh)
+    for _ in range(depth):
+        parts = st.lists(base, min_size=1, max_size=3).map(tuple)
+        base = st.one_of(base, parts.map(product), parts.map(concat))
+    return base
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_sizes_are_kept_and_resolve_is_idempotent(data: st.DataObject) -> None:
+    pool: list[Var] = []
+    drawn = data.draw(st.lists(terms(pool), min_size=2, max_size=4))
+    sizes = [size_of(t) for t in drawn]
+    pairs = data.draw(st.lists(st.tuples(*[st.sampled_from(range(len(drawn)))] * 2), max_size=4))
+    for i, j in pairs:
+        unify(drawn[i], drawn[j], WHY)
+    narrowed = data.draw(st.sampled_from(drawn))
+    start = data.draw(st.integers(0, size_of(narrowed)))
+    stop = data.draw(st.integers(start, size_of(narrowed)))
+    assert size_of(narrow(narrowed, start, stop, WHY)) == stop - start
+    for term, size in zip(drawn, sizes, strict=True):
+        assert size_of(resolve(term)) == size
+        assert resolve(resolve(term)) == resolve(term)
+    for v in pool:
+        assert size_of(resolve(v)) == v.size
+        assert all(leaf.bound is None for leaf in leaves(v))
+        assert v not in list(leaves(v)) or resolve(v) is v
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_after_unify_two_terms_agree_or_are_frozen(data: st.DataObject) -> None:
+    """Either the two sides are one list of variables in the same places, or nothing of them may be cut."""
+    pool: list[Var] = []
+    a, b = data.draw(terms(pool)), data.draw(terms(pool))
+    unify(a, b, WHY)
+    found, other = places(a), places(b)
+    for key in found.keys() | other.keys():
+        if size_of(a) == size_of(b):
+            assert found.get(key) == other.get(key)
+    if size_of(a) != size_of(b):
+        assert not is_live(a)
+        assert not is_live(b)
+
+
+def places(term: Term) -> dict[int, list[tuple[int, ...]]]:
+    """For every variable that can be cut, the rows of each of its units, computed by counting."""
+    found: dict[int, list[tuple[int, ...]]] = {}
+
+    def walk(term: Term) -> list[frozenset[tuple[int, int]]]:
+        """For each row, the (variable, unit) pairs that it belongs to."""
+        term = resolve(term)
+        if isinstance(term, Var):
+            return [frozenset([(id(term), u)]) for u in range(term.size)]
+        if isinstance(term, Cat):
+            return [row for segment in term.segments for row in walk(segment)]
+        rows = [frozenset[tuple[int, int]]()]
+        for factor in term.factors:
+            rows = [before | after for before in rows for after in walk(factor)]
+        return rows
+
+    alive = {id(leaf): leaf for leaf in leaves(term) if leaf.frozen is None and leaf.size > 1}
+    table = walk(term)
+    for key, leaf in alive.items():
+        found[key] = [tuple(i for i, row in enumerate(table) if (key, u) in row) for u in range(leaf.size)]
+    return found
+
+
+# --- meaning: rows against torch --------------------------------------------------------------------------------
+
+
+def test_rows_of_a_slice() -> None:
+    """Offset + o*size*inner + u*inner + i, as in the contributing guide."""
+    part = Slice("w", 0, 5, ((3, 4),), ((2, 12),), 4)
+    assert part.rows().tolist() == [[5 + o * 12 + u * 4 + i for o in range(2) for i in range(4)] for u in range(3)]
+    grouped = Slice("w", 0, 0, ((2, 6), (3, 2)), (), 2)
+    assert grouped.rows().tolist() == [[6 * g + 2 * u, 6 * g + 2 * u + 1] for g in range(2) for u in range(3)]
+
+
+class Chain(nn.Module):
+    """A projection whose outputs go through reshapes before something elementwise and a second projection."""
+
+    def __init__(self, steps: list[tuple[Any, ...]], width: int, out: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.first, self.second = nn.Linear(3, width), nn.Linear(out, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(run(self.first(x), self.steps)))
+
+
+def run(x: torch.Tensor, steps: list[tuple[Any, ...]]) -> torch.Tensor:
+    """Steps on the dimensions after the first, which come back as one."""
+    for kind, *rest in steps:
+        if kind == "view":
+            x = x.reshape(x.shape[0], *rest[0])
+        elif kind == "permute":
+            x = x.permute(0, *(i + 1 for i in rest[0]))
+        elif kind == "narrow":
+            dim, start, stop = rest
+            x = x[(slice(None),) * (dim + 1) + (slice(start, stop),)]
+        else:
+            dim, at = rest
+            first, second = x.split([at, x.shape[dim + 1] - at], dim + 1)
+            x = torch.cat([second, first], dim + 1)
+    return x.flatten(1)
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[list[tuple[Any, ...]], int]:
+    """Steps for a width of 24, 36 or 60."""
+    width = draw(st.sampled_from([24, 36, 60]))
+    shape, steps = [width], []
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(["view", "permute", "narrow", "roll"]))
+        step: tuple[Any, ...]
+        if kind == "view":
+            total, shape = torch.Size(shape).numel(), []
+            for factor in draw(st.permutations([2, 3, 4, 5])):
+                if total % factor == 0 and draw(st.booleans()):
+                    shape.append(factor)
+                    total //= factor
+            shape.append(total)
+            step = ("view", tuple(shape))
+        elif kind == "permute":
+            order = tuple(draw(st.permutations(range(len(shape)))))
+            shape = [shape[i] for i in order]
+            step = ("permute", order)
+        else:
+            dim = draw(st.integers(0, len(shape) - 1))
+            if shape[dim] < 2:
+                continue
+            at = draw(st.integers(1, shape[dim] - 1))
+            step = ("roll", dim, at)
+            if kind == "narrow":
+                start = draw(st.integers(0, at - 1))
+                step, shape[dim] = ("narrow", dim, start, at), at - start
+        steps.append(step)
+    return steps, width
+
+
+@settings(max_examples=40, deadline=None)
+@given(chains())
+def test_units_stay_together_through_random_reshapes(case: tuple[list[tuple[Any, ...]], int]) -> None:
+    """Rows of unit u in the first weight, pushed through the real operations, land on its columns of the second.
+
+    This needs no rule of ours: `run` moves an arange of row numbers.
+    """
+    steps, width = case
+    arrived = run(torch.arange(width)[None], steps)[0]
+    model = Chain(steps, width, len(arrived)).double()
+    space = discover(model, {"x": torch.randn(7, 3, dtype=torch.float64)})
+    for axis in space.axes:
+        made = [s for s in axis.slices if s.parameter == "first.weight"]
+        read = [s for s in axis.slices if s.parameter == "second.weight"]
+        assert {s.parameter for s in axis.slices} <= {"first.weight", "first.bias", "second.weight"}
+        for unit in range(axis.size):
+            rows = {r for s in made for r in s.rows()[unit].tolist()}
+            columns = {c for s in read for c in s.rows()[unit].tolist()}
+            assert columns == {c for c, origin in enumerate(arrived.tolist()) if origin in rows}
+
+
+# --- small plain modules ----------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mid, self.down = nn.Linear(6, 22), nn.Linear(22, 10), nn.Linear(10, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.mid(F.silu(self.up(x)))))
+
+
+class Glu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(6, 44), nn.Linear(22, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.both(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class FlatGlu(Glu):
+    """The halves interleaved through a view: [22, 2], and [2, 22] summed."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = self.both(x).view(x.shape[0], x.shape[1], 2, 22)
+        return self.down(F.silu(both[..., 0, :]) * both[..., 1, :])
+
+
+class FusedAttention(nn.Module):
+    def __init__(self, *, scale: float | None = 0.5) -> None:
+        super().__init__()
+        self.scale = scale
+        self.qkv, self.out = nn.Linear(6, 3 * 5 * 4), nn.Linear(5 * 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (y.reshape(batch, length, 5, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class GroupedAttention(nn.Module):
+    """Three key-value heads for six query heads, the keys repeated one way or the other."""
+
+    def __init__(self, repeat: str) -> None:
+        super().__init__()
+        self.repeat, self.heads, self.groups, self.width = repeat, 6, 3, 4
+        self.q, self.k, self.v = nn.Linear(5, 24), nn.Linear(5, 12), nn.Linear(5, 12)
+        self.out = nn.Linear(24, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (p(x).view(batch, length, -1, self.width).transpose(1, 2) for p in (self.q, self.k, self.v))
+        if self.repeat == "interleave":
+            k, v = (y.repeat_interleave(2, 1) for y in (k, v))
+        elif self.repeat == "expand":
+            k, v = (y[:, :, None].expand(-1, -1, 2, -1, -1).reshape(batch, -1, length, self.width) for y in (k, v))
+        native = self.repeat == "native"
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=0.5, enable_gqa=native)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class Addmm(nn.Module):
+    """Weights as [in, out], as in Conv1D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(6, 22)), nn.Parameter(torch.randn(22, 3))
+        self.up_bias, self.down_bias = nn.Parameter(torch.randn(22)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, 1)
+        return torch.addmm(self.down_bias, torch.tanh(torch.addmm(self.up_bias, flat, self.up)), self.down)
+
+
+class Bare(Addmm):
+    """The same with `@`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.up + self.up_bias) @ self.down
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(37, 14), nn.Linear(14, 22), nn.Linear(22, 14)
+        self.head = nn.Linear(14, 37, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        return self.head(x + self.down(F.gelu(self.up(x))))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.a, self.b, self.out = nn.Linear(6, 14), nn.Linear(14, 9), nn.Linear(9, 14), nn.Linear(14, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.into(x)
+        x = x + self.b(F.relu(self.a(x)))
+        return self.out(torch.cat([x, x.tanh()], -1)[..., 14:] + x)
+
+
+X = torch.randn(2, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+IDS = torch.arange(10).reshape(2, 5)
+PLAIN: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
+    "mlp": (Mlp, {"x": X}, {"up.ffn": 22, "mid.ffn": 10}),
+    "glu": (Glu, {"x": X}, {"both.ffn": 22}),
+    "glu by a view": (FlatGlu, {"x": X}, {"both.ffn": 22}),
+    "fused attention": (FusedAttention, {"x": X}, {"qkv.heads": 5, "qkv.head_dim": 4}),
+    **{
+        f"grouped, {how}": (
+            lambda how=how: GroupedAttention(how),
+            {"x": X[..., :5]},
+            {"kv_groups": 3, "heads": 6, "head_dim": 4},
+        )
+        for how in ("interleave", "expand", "native")
+    },
+    "addmm": (Addmm, {"x": X}, {"ffn": 22}),
+    "bare parameters": (Bare, {"x": X}, {"ffn": 22}),
+    "tied": (Tied, {"ids": IDS}, {"down.ffn": 14, "up.ffn": 22}),
+    "residual": (Residual, {"x": X}, {"into.ffn": 14, "a.ffn": 9}),
+}
+
+
+def build(make: Any) -> Any:
+    torch.manual_seed(3)
+    return make().double().eval()
+
+
+def cut_half(space: Space, axis_name: str) -> Plan:
+    axis = space.axis(axis_name)
+    generator = torch.Generator().manual_seed(axis.size)
+    units: list[int] = []
+    for group in range(axis.groups):
+        order = torch.randperm(axis.per_group, generator=generator)[: max(1, axis.per_group // 2)]
+        units += (order + group * axis.per_group).tolist()
+    return Plan({axis.name: Kept(axis.kind, axis.size, tuple(sorted(units)))})
+
+
+def zeroed_everywhere(model: Any, space: Space, plan: Plan) -> Any:
+    """The dense module with the removed rows of every tensor at zero: activations of zero, read with zero."""
+    import copy
+
+    reference = copy.deepcopy(model)
+    parameters = dict(reference.named_parameters())
+    for name, kept in plan.kept.items():
+        axis = space.axis(name)
+        gone = torch.tensor([u for u in range(axis.size) if u not in kept.units])
+        for part in axis.slices:
+            with torch.no_grad():
+                parameters[part.parameter].index_fill_(part.dim, part.rows()[gone].flatten(), 0)
+    return reference
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_axes_of_plain_modules(name: str) -> None:
+    make, inputs, expected = PLAIN[name]
+    space = discover(build(make), inputs)
+    assert {a.kind if name.startswith(("grouped", "addmm", "bare")) else a.name: a.size for a in space.axes} == expected
+    for axis in space.axes:
+        if axis.kind == "heads" and name.startswith("grouped"):
+            assert (axis.groups, axis.parent) == (3, space.of_kind("kv_groups")[0].name)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_cut_plain_modules_equal_the_zeroed_ones(name: str) -> None:
+    make, inputs, _ = PLAIN[name]
+    model = build(make)
+    space = discover(model, inputs)
+    with torch.no_grad():
+        dense = model(**inputs)
+        for axis in space.axes:
+            plan = cut_half(space, axis.name)
+            new = apply(model, plan, space=space, inputs=inputs)
+            expected = zeroed_everywhere(model, space, plan)(**inputs)
+            assert float((new(**inputs) - expected).abs().max()) <= 1e-9, axis.name
+            assert float((new(**inputs) - dense).abs().max()) > 1e-3, axis.name
+            assert sum(p.numel() for p in new.parameters()) == costs(space, plan).params
+
+
+def test_tied_weights_share_storage_after_the_cut() -> None:
+    model = build(Tied)
+    space = discover(model, {"ids": IDS})
+    new: Any = apply(model, cut_half(space, "down.ffn"), space=space, inputs={"ids": IDS})
+    assert new.head.weight is new.table.weight
+    assert new.table.weight.shape == (37, 7)
+    assert new.table.embedding_dim == new.head.in_features == 7
+
+
+def test_default_scale_of_attention_is_not_changed_in_silence() -> None:
+    """Without `scale`, torch divides by the square root of the head dimension: cutting it changes the result."""
+    model = build(lambda: FusedAttention(scale=None))
+    space = discover(model, {"x": X})
+    for axis in space.of_kind("head_dim"):
+        plan = cut_half(space, axis.name)
+        try:
+            new = apply(model, plan, space=space, inputs={"x": X})
+        except SecateurError:
+            continue
+        expected = zeroed_everywhere(model, space, plan)(X)
+        assert float((new(X) - expected).detach().abs().max()) <= 1e-9
+
+
+class Odd(nn.Module):
+    """Two projections with something in between."""
+
+    def __init__(self, between: Any, width: int = 14, out: int = 14) -> None:
+        super().__init__()
+        self.between = between
+        self.first, self.second = nn.Linear(6, width), nn.Linear(out, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between(self.first(x)))
+
+
+MIX = torch.randn(14, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+FREEZING: dict[str, tuple[Any, str]] = {
+    "einsum": (lambda x: torch.einsum("bsi,ij->bsj", x, MIX.to(x.device)), "einsum"),
+    "cumsum": (lambda x: x.cumsum(-1), "cumsum"),
+    "sort": (lambda x: x.sort(-1).values, "sort"),
+    "flip": (lambda x: x.flip(-1), "flip"),
+    "roll": (lambda x: x.roll(1, -1), "roll"),
+    "index": (lambda x: x[..., torch.arange(13, -1, -1)], "index"),
+    "softmax": (lambda x: x.softmax(-1), "every unit depends on every other"),
+    "every second": (lambda x: torch.cat([x[..., ::2], x[..., 1::2]], -1), "every 2th unit"),
+    "unbind": (lambda x: torch.stack(x.unbind(-1), -1), "taken apart"),
+    "sum": (lambda x: x - x.sum(-1, keepdim=True), "sum"),
+    "amax": (lambda x: x - x.amax(-1, keepdim=True), "amax"),
+}
+
+
+@pytest.mark.parametrize("name", FREEZING)
+def test_what_cannot_be_followed_is_frozen_with_a_reason(name: str) -> None:
+    between, reason = FREEZING[name]
+    space = discover(build(lambda: Odd(between)), {"x": X})
+    assert space.axes == ()
+    reasons = [f.reason for f in space.frozen if (f.parameter, f.dim) == ("first.weight", 0)]
+    assert any(reason in r for r in reasons), reasons
+    assert any((f.parameter, f.dim) == ("second.weight", 1) for f in space.frozen)
+
+
+def test_einsum_with_a_parameter_freezes_both_sides() -> None:
+    class Einsum(Odd):
+        def __init__(self) -> None:
+            super().__init__(None, out=9)
+            self.middle = nn.Parameter(torch.randn(14, 9))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.einsum("bsi,ij->bsj", self.first(x), self.middle))
+
+    space = discover(build(Einsum), {"x": X})
+    assert space.axes == ()
+    frozen = {(f.parameter, f.dim): f.reason for f in space.frozen}
+    for place in (("first.weight", 0), ("middle", 0), ("middle", 1), ("second.weight", 1)):
+        assert "einsum" in frozen[place]
+        assert "root module" in frozen[place]
+
+
+def test_inputs_and_outputs_are_frozen() -> None:
+    frozen = {(f.parameter, f.dim): f.reason for f in discover(build(Mlp), {"x": X}).frozen}
+    assert frozen["up.weight", 1] == "an input of the model"
+    assert frozen["down.weight", 0] == frozen["down.bias", 0] == "an output of the model"
