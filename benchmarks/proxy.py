@@ -14,6 +14,7 @@ Run: .venv/bin/python benchmarks/proxy.py [CANDIDATES]
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from common import bundled_model, record, tokens
@@ -55,7 +56,7 @@ def main() -> None:
         return total + lost_energy(space, scores.axes, "heads", per_group(sizes) * dense["kv_groups"])
 
     whole = cost_at(cost, dense).params
-    rows = []
+    rows: list[dict[str, Any]] = []
     for sizes in drawn:
         costs = cost_at(cost, sizes)
         plan = _plan_of(space, Candidate(sizes, costs, 0.0), grid, scores, sensitivity)
@@ -63,20 +64,20 @@ def main() -> None:
         rows.append({"sizes": sizes, "share": costs.params / whole, "kl": kl, "expected_kl": expected(sizes),
                      "raw": raw(sizes), "size": -costs.params, "random": random.random()})  # fmt: skip
     rankings = ("expected_kl", "raw", "size", "random")
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "what": "Spearman correlation of cheap rankings with the measured KL on held-out tokens",
         "candidates": len(rows),
         "all": _correlations(rows, rankings),
     }
     for low in (0.4, 0.5, 0.6, 0.7, 0.8):
-        near = [row for row in rows if low <= float(str(row["share"])) < low + 0.1]
+        near = [row for row in rows if low <= row["share"] < low + 0.1]
         if len(near) >= 8:
             result[f"{low:.0%} to {low + 0.1:.0%} of the parameters"] = {"candidates": len(near),
                                                                          **_correlations(near, rankings)}  # fmt: skip
     record("proxy", {**result, "rows": rows})
 
 
-def _correlations(rows: Sequence[Mapping[str, object]], rankings: Sequence[str]) -> dict[str, float]:
+def _correlations(rows: Sequence[Mapping[str, Any]], rankings: Sequence[str]) -> dict[str, float]:
     kl = [row["kl"] for row in rows]
     return {name: round(float(spearmanr([row[name] for row in rows], kl).statistic), 3) for name in rankings}
 

@@ -4,6 +4,7 @@ Run: .venv/bin/python benchmarks/reference.py (about two minutes). Fails where a
 """
 
 import sys
+from typing import Any
 
 import torch
 from common import bundled_model, record, tokens
@@ -14,7 +15,7 @@ from secateur.measure.quality import perplexity
 from secateur.score import activation_scores
 
 LAYER = "model.layers.{}"
-EXPECTED = [
+EXPECTED: list[tuple[dict[str, int], tuple[int, ...], float]] = [
     ({}, (), 15.99),
     ({"ffn": 384}, (), 21.24),
     ({"ffn": 256}, (), 54.89),
@@ -35,7 +36,7 @@ def main() -> None:
     space = discover(model)
     scores = activation_scores(model, space, torch.split(tokens("calib_ids.npy"), 16))
     held_out = list(torch.split(tokens("val_ids.npy"), 16))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for sizes, layers, expected in EXPECTED:
         plan: Plan = plan_for_sizes(space, scores.axes, sizes, tuple(LAYER.format(i) for i in layers))
         pruned = apply(model, plan, space=space) if sizes or layers else model

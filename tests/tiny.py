@@ -79,7 +79,7 @@ def random_plan(space: Space, kinds: Sequence[str], seed: int = 1, share: float 
     """Cut every axis of these kinds, each in its own way, and drop one block of each block kind."""
     generator = torch.Generator().manual_seed(seed)
     kept = {a.name: Kept(a.kind, a.size, random_units(a, generator, share)) for a in space.axes if a.kind in kinds}
-    dropped = []
+    dropped: list[str] = []
     for kind in kinds:
         if kind in _BLOCK_KINDS:
             own = [b.name for b in space.blocks if b.kind == kind and not b.name.startswith(tuple(dropped) or "\0")]
@@ -92,11 +92,12 @@ class MaskedNorm(nn.Module):
 
     def __init__(self, norm: nn.Module, kept: torch.Tensor) -> None:
         super().__init__()
-        self.kept, self.norm = kept, copy.deepcopy(norm)
+        self.kept = kept
+        self.norm = copy.deepcopy(norm)
         for name, parameter in list(self.norm.named_parameters(recurse=False)):
             setattr(self.norm, name, nn.Parameter(parameter.detach()[kept]))
         if hasattr(self.norm, "normalized_shape"):
-            self.norm.normalized_shape = (len(kept),)
+            setattr(self.norm, "normalized_shape", (len(kept),))  # noqa: B010  # typed as a tensor or a module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result = torch.zeros_like(x)

@@ -155,7 +155,7 @@ def test_json_is_for_people(tmp_path: Path) -> None:
     ids=str,
 )
 def test_files_that_do_not_agree(change: Mapping[str, Any], tmp_path: Path) -> None:
-    content = written(tmp_path) | change
+    content = {**written(tmp_path), **change}
     (tmp_path / "plan.json").write_text(json.dumps(content))
     with pytest.raises(SecateurError, match="plan"):
         Plan.load(tmp_path)

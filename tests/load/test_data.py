@@ -18,7 +18,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from secateur.errors import SecateurError
-from secateur.load.data import Tokenizer, evaluating, load_tokens, read_records, sample_tokens
+from secateur.load.data import Tokenizer, load_tokens, read_records, sample_tokens
+from secateur.load.mode import evaluating
 
 BOS, EOS, VOCAB = 0, 1, 260
 

@@ -144,9 +144,9 @@ def assert_same(a: Scores, b: Scores, tolerance: float = 1e-5) -> None:
 def test_batch_size_does_not_matter() -> None:
     model, space = dense("llama")
     ids = tokens(8, 9)
-    one = activation_scores(model, space, ids.split(1))
-    assert_same(one, activation_scores(model, space, ids.split(4)))
-    assert_same(one, activation_scores(model, space, ids.split(3)))
+    one = activation_scores(model, space, torch.split(ids, 1))
+    assert_same(one, activation_scores(model, space, torch.split(ids, 4)))
+    assert_same(one, activation_scores(model, space, torch.split(ids, 3)))
 
 
 def test_order_of_samples_does_not_matter_but_their_parting_does() -> None:

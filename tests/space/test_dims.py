@@ -1,13 +1,14 @@
 """The algebra of dimensions, and its meaning: what it says about rows against what torch does with them."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 
 from secateur.choose.cost import costs
 from secateur.choose.plan import Kept, Plan
@@ -19,6 +20,7 @@ from secateur.space.dims import (
     Prod,
     Term,
     Var,
+    _bind,
     add_role,
     align,
     concat,
@@ -54,7 +56,8 @@ def test_a_view_splits_a_dimension() -> None:
 def test_a_view_merges_dimensions() -> None:
     heads, width, whole = var(3), var(4), var(12)
     align([heads, width], [whole], WHY)
-    assert resolve(whole) == Prod((heads, width))
+    assert resolve(whole) == resolve(Prod((heads, width)))
+    assert [leaf.size for leaf in leaves(whole)] == [3, 4]
     assert is_live(whole)
 
 
@@ -109,15 +112,26 @@ def test_different_sizes_freeze_both() -> None:
     assert (a.frozen, b.frozen) == (WHY, WHY)
 
 
-def test_occurs_check() -> None:
-    """X = [x, nothing else of any size] has no finite solution; it freezes, and does not loop."""
+def test_a_term_is_never_bound_to_something_that_holds_it() -> None:
+    """Normal forms have no ones and no empty segments, so that equal sizes leave x = x alone, or freeze."""
     x, one = var(4), var(1)
     unify(x, Cat((x, Var(0))), WHY)
+    align([one, x], [x], WHY)
     assert resolve(x) is x
+    assert is_live(x)
+    _bind(x, Cat((x, var(2))), WHY)
+    assert x.bound is None
     assert x.frozen == WHY
-    assert list(leaves(x)) == [x]
-    align([one, x], [x], WHY)  # ones are nothing: x = x
-    assert resolve(x) is x
+
+
+def test_a_product_and_its_own_reversal() -> None:
+    """[a, b] = [b, a] of 2 and 4 holds only where all three factors of two are one variable."""
+    a, b = var(2), var(4)
+    align([a, b], [b, a], WHY)
+    assert size_of(resolve(b)) == 4
+    end = resolve(a)
+    assert list(leaves(b)) == [end, end]
+    assert isinstance(end, Var)
 
 
 def test_roles_and_tiles_survive_a_binding() -> None:
@@ -307,7 +321,7 @@ class Chain(nn.Module):
         self.steps = steps
         self.first, self.second = nn.Linear(3, width), nn.Linear(out, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.second(torch.tanh(run(self.first(x), self.steps)))
 
 
@@ -323,7 +337,7 @@ def run(x: torch.Tensor, steps: list[tuple[Any, ...]]) -> torch.Tensor:
             x = x[(slice(None),) * (dim + 1) + (slice(start, stop),)]
         else:
             dim, at = rest
-            first, second = x.split([at, x.shape[dim + 1] - at], dim + 1)
+            first, second = torch.split(x, [at, x.shape[dim + 1] - at], dim + 1)
             x = torch.cat([second, first], dim + 1)
     return x.flatten(1)
 
@@ -390,59 +404,62 @@ class Mlp(nn.Module):
         super().__init__()
         self.up, self.mid, self.down = nn.Linear(6, 22), nn.Linear(22, 10), nn.Linear(10, 3)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.mid(F.silu(self.up(x)))))
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.down(functional.gelu(self.mid(functional.silu(self.up(x)))))
 
 
 class Glu(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.width = 22
         self.both, self.down = nn.Linear(6, 44), nn.Linear(22, 3)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         gate, up = self.both(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(functional.silu(gate) * up)
 
 
 class FlatGlu(Glu):
-    """The halves interleaved through a view: [22, 2], and [2, 22] summed."""
+    """The halves told apart by a view."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        both = self.both(x).view(x.shape[0], x.shape[1], 2, 22)
-        return self.down(F.silu(both[..., 0, :]) * both[..., 1, :])
+    def forward(self, x: torch.Tensor) -> Any:
+        both = self.both(x).view(x.shape[0], x.shape[1], 2, self.width)
+        return self.down(functional.silu(both[..., 0, :]) * both[..., 1, :])
 
 
 class FusedAttention(nn.Module):
     def __init__(self, *, scale: float | None = 0.5) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.heads = scale, 5
         self.qkv, self.out = nn.Linear(6, 3 * 5 * 4), nn.Linear(5 * 4, 3)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         batch, length, _ = x.shape
-        q, k, v = (y.reshape(batch, length, 5, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        q, k, v = (y.reshape(batch, length, self.heads, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
 class GroupedAttention(nn.Module):
-    """Three key-value heads for six query heads, the keys repeated one way or the other."""
+    """Three key-value heads for twelve query heads, the keys repeated one way or the other."""
 
     def __init__(self, repeat: str) -> None:
         super().__init__()
-        self.repeat, self.heads, self.groups, self.width = repeat, 6, 3, 4
-        self.q, self.k, self.v = nn.Linear(5, 24), nn.Linear(5, 12), nn.Linear(5, 12)
-        self.out = nn.Linear(24, 2)
+        self.repeat, self.times, self.width = repeat, 4, 6
+        self.q, self.k, self.v = nn.Linear(5, 72), nn.Linear(5, 18), nn.Linear(5, 18)
+        self.out = nn.Linear(72, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         batch, length, _ = x.shape
         q, k, v = (p(x).view(batch, length, -1, self.width).transpose(1, 2) for p in (self.q, self.k, self.v))
         if self.repeat == "interleave":
-            k, v = (y.repeat_interleave(2, 1) for y in (k, v))
+            k, v = (y.repeat_interleave(self.times, 1) for y in (k, v))
         elif self.repeat == "expand":
-            k, v = (y[:, :, None].expand(-1, -1, 2, -1, -1).reshape(batch, -1, length, self.width) for y in (k, v))
+            k, v = (
+                y[:, :, None].expand(-1, -1, self.times, -1, -1).reshape(batch, -1, length, self.width) for y in (k, v)
+            )
         native = self.repeat == "native"
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=0.5, enable_gqa=native)
+        mixed = functional.scaled_dot_product_attention(q, k, v, scale=0.5, enable_gqa=native)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -454,15 +471,20 @@ class Addmm(nn.Module):
         self.up, self.down = nn.Parameter(torch.randn(6, 22)), nn.Parameter(torch.randn(22, 3))
         self.up_bias, self.down_bias = nn.Parameter(torch.randn(22)), nn.Parameter(torch.randn(3))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         flat = x.flatten(0, 1)
         return torch.addmm(self.down_bias, torch.tanh(torch.addmm(self.up_bias, flat, self.up)), self.down)
 
 
-class Bare(Addmm):
+class Bare(nn.Module):
     """The same with `@`."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(6, 22)), nn.Parameter(torch.randn(22, 3))
+        self.up_bias = nn.Parameter(torch.randn(22))
+
+    def forward(self, x: torch.Tensor) -> Any:
         return torch.tanh(x @ self.up + self.up_bias) @ self.down
 
 
@@ -473,20 +495,21 @@ class Tied(nn.Module):
         self.head = nn.Linear(14, 37, bias=False)
         self.head.weight = self.table.weight
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor) -> Any:
         x = self.table(ids)
-        return self.head(x + self.down(F.gelu(self.up(x))))
+        return self.head(x + self.down(functional.gelu(self.up(x))))
 
 
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.width = 14
         self.into, self.a, self.b, self.out = nn.Linear(6, 14), nn.Linear(14, 9), nn.Linear(9, 14), nn.Linear(14, 3)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         x = self.into(x)
-        x = x + self.b(F.relu(self.a(x)))
-        return self.out(torch.cat([x, x.tanh()], -1)[..., 14:] + x)
+        x = x + self.b(functional.relu(self.a(x)))
+        return self.out(torch.cat([x.tanh(), x], -1)[..., : self.width] + x)
 
 
 X = torch.randn(2, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -500,7 +523,7 @@ PLAIN: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
         f"grouped, {how}": (
             lambda how=how: GroupedAttention(how),
             {"x": X[..., :5]},
-            {"kv_groups": 3, "heads": 6, "head_dim": 4},
+            {"kv_groups": 3, "heads": 12, "head_dim": 6},
         )
         for how in ("interleave", "expand", "native")
     },
@@ -528,8 +551,6 @@ def cut_half(space: Space, axis_name: str) -> Plan:
 
 def zeroed_everywhere(model: Any, space: Space, plan: Plan) -> Any:
     """The dense module with the removed rows of every tensor at zero: activations of zero, read with zero."""
-    import copy
-
     reference = copy.deepcopy(model)
     parameters = dict(reference.named_parameters())
     for name, kept in plan.kept.items():
@@ -598,7 +619,7 @@ class Odd(nn.Module):
         self.between = between
         self.first, self.second = nn.Linear(6, width), nn.Linear(out, 3)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.second(self.between(self.first(x)))
 
 
@@ -634,7 +655,7 @@ def test_einsum_with_a_parameter_freezes_both_sides() -> None:
             super().__init__(None, out=9)
             self.middle = nn.Parameter(torch.randn(14, 9))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return self.second(torch.einsum("bsi,ij->bsj", self.first(x), self.middle))
 
     space = discover(build(Einsum), {"x": X})

@@ -147,7 +147,7 @@ def test_norms_in_the_order_of_the_forward_pass() -> None:
     llama = [f"model.layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention")]
     assert [n.module for n in space_of("llama").norms] == [*llama, "model.norm"]
     assert {n.axis for n in space_of("llama").norms} == {"hidden"}
-    assert [(n.weight, n.weight_offset) for n in space_of("llama").norms][-1] == ("model.norm.weight", 0.0)
+    assert (space_of("llama").norms[-1].weight, space_of("llama").norms[-1].weight_offset) == ("model.norm.weight", 0.0)
     gemma = [
         f"model.layers.{i}.{n}_layernorm"
         for i in (0, 1)
@@ -157,7 +157,7 @@ def test_norms_in_the_order_of_the_forward_pass() -> None:
     assert {n.weight_offset for n in space_of("gemma2").norms} == {1.0}
     gpt = [f"transformer.h.{i}.ln_{j}" for i in (0, 1) for j in (1, 2)]
     assert [n.module for n in space_of("gpt2").norms] == [*gpt, "transformer.ln_f"]
-    assert [n.weight for n in space_of("gpt2").norms][0] == "transformer.h.0.ln_1.weight"
+    assert space_of("gpt2").norms[0].weight == "transformer.h.0.ln_1.weight"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -287,7 +287,7 @@ class Branching(nn.Module):
         super().__init__()
         self.linear = nn.Linear(6, 4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.linear(x) if float(x.sum()) > 0 else x
 
 
@@ -323,6 +323,7 @@ def test_untouched_parameters_are_known_and_priced() -> None:
     space = discover(model, {"input": torch.ones(2, 6)})
     assert space.idle_parameters == ("unused",)
     assert space.parameters["unused"].size == {(): 8}
+    assert [a.name for a in space.axes] == ["0.ffn"]
 
 
 def test_discovery_is_deterministic() -> None:

@@ -61,6 +61,8 @@ class Budget:
             measure, sign, amount = (piece.strip() for piece in part.partition("="))
             if not sign:
                 raise SecateurError(f"budget {part!r} is not of the form MEASURE=LIMIT, such as params=70%")
+            if measure == "n:m" and n_m is not None:
+                raise SecateurError("budget n:m is given twice")
             if measure == "n:m":
                 n_m = _parse_n_m(amount)
                 continue
@@ -73,7 +75,11 @@ class Budget:
 
     def __str__(self) -> str:
         """The budget as one would write it."""
-        parts = [f"{m}={x.value:.6g}" if not x.share else f"{m}={100 * x.value:g}%" for m, x in self.limits.items()]
+        unit = {"memory": "B", "latency": "s"}
+        parts = [
+            f"{m}={100 * x.value:.10g}%" if x.share else f"{m}={x.value:.10g}{unit.get(m, '')}"
+            for m, x in self.limits.items()
+        ]
         parts += [f"n:m={self.n_m[0]}:{self.n_m[1]}"] if self.n_m else []
         parts += [json.dumps(dict(self.dims))] if self.dims else []
         return ", ".join(parts) or "no limit"
@@ -95,9 +101,9 @@ def parse_limit(measure: str, amount: str | float) -> Limit:
     else:
         known = ", ".join(["%", *(u or "no unit" for u in units)])
         raise SecateurError(f"budget {measure}={amount}: unknown unit {match[2]!r}; known for {measure}: {known}")
-    if limit.value <= 0 or (limit.share and limit.value > 1):
+    if not 0 < limit.value < float("inf") or (limit.share and limit.value > 1):
         at_most = " and at most 100%" if limit.share else ""
-        raise SecateurError(f"budget {measure}={amount}: must be above 0{at_most}")
+        raise SecateurError(f"budget {measure}={amount}: must be above 0{at_most or ' and finite'}")
     return limit
 
 

@@ -50,6 +50,14 @@ class Plan:
         for name in self.dropped:
             if name not in blocks:
                 raise SecateurError(f"the plan drops {name!r}, which is not a droppable block{nearest(name, blocks)}")
+        for name, mask in self.masks.items():
+            if name not in space.parameters:
+                raise SecateurError(f"the plan masks {name!r}, which is not a weight{nearest(name, space.parameters)}")
+            if mask.dtype != torch.bool or tuple(mask.shape) != space.parameters[name].shape:
+                raise SecateurError(
+                    f"the plan's mask of {name} is {mask.dtype} {list(mask.shape)}, it must be torch.bool "
+                    f"{list(space.parameters[name].shape)}"
+                )
         stacks = defaultdict(list)
         for layer in space.layers():
             stacks[layer.stack].append(layer.name in self.dropped)
@@ -88,7 +96,7 @@ class Plan:
         }
         (folder / "plan.json").write_text(json.dumps(content, indent=2) + "\n")
         tensors = {f"axis:{n}": torch.tensor(k.units, dtype=torch.int32) for n, k in self.kept.items()}
-        tensors |= {f"mask:{n}": m.contiguous() for n, m in self.masks.items()}
+        tensors |= {f"mask:{n}": m.clone(memory_format=torch.contiguous_format) for n, m in self.masks.items()}
         save_file(tensors, folder / "plan.safetensors")
 
     @staticmethod
@@ -101,7 +109,7 @@ class Plan:
         try:
             content = json.loads((folder / "plan.json").read_text())
             tensors = load_file(folder / "plan.safetensors")
-        except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:  # ValueError: no JSON, no UTF-8
             raise SecateurError(f"no readable plan in {folder}: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise SecateurError(f"{folder / 'plan.json'} is not a plan of format {FORMAT}")
@@ -111,9 +119,16 @@ class Plan:
                 for name, entry in content["axes"].items()
             }
             masks = {name: tensors[f"mask:{name}"] for name in content["masks"]}
-        except KeyError as error:
+            plan = Plan(kept, tuple(content["dropped"]), masks, content["origin"])
+            counts = {name: entry["kept"] for name, entry in content["axes"].items()}
+            shapes = {name: tuple(shape) for name, shape in content["masks"].items()}
+        except (KeyError, AttributeError, TypeError) as error:
             raise SecateurError(f"plan.json and plan.safetensors in {folder} do not agree: {error}") from error
-        return Plan(kept, tuple(content["dropped"]), masks, content["origin"])
+        same = counts == {name: len(k.units) for name, k in kept.items()}
+        same = same and shapes == {name: tuple(mask.shape) for name, mask in masks.items()}
+        if not same or len(tensors) != len(kept) + len(masks):
+            raise SecateurError(f"plan.json and plan.safetensors in {folder} do not agree")
+        return plan
 
 
 def _check_units(axis: Axis, kept: Kept) -> None:

@@ -49,8 +49,9 @@ class Grid:
     def probes(self) -> dict[str, int]:
         """For each kind that can be cut: a size in the middle of its choices, where the others keep theirs."""
         found = {kind: sizes[len(sizes) // 2] for kind, sizes in self.choices.items() if len(sizes) > 1}
-        found.pop("layers", None)
-        if "kv_groups" in self.dense and found.pop("heads", None):
+        found = {kind: size for kind, size in found.items() if kind != "layers"}
+        if "kv_groups" in self.dense and "heads" in found:
+            del found["heads"]  # heads of the groups that go are the groups' loss: probe what one group may lose
             each = sorted({per_group(sizes) for sizes in self.points()} - {per_group(self.dense)}, reverse=True)
             if each:
                 found["heads"] = each[len(each) // 2] * self.dense["kv_groups"]

@@ -42,7 +42,8 @@ def run(words: Sequence[str]) -> None:
         small, large = (int(getattr(m.config, "vocab_size")) for m in (model, dense))  # noqa: B009 - typed as Module
         if small != large:
             raise SecateurError(
-                f"{arguments.model} has a vocabulary of {small}, {arguments.against} of {large}: they cannot be compared"
+                f"{arguments.model} has {small} tokens in its vocabulary, {arguments.against} has {large}: "
+                "they cannot be compared"
             )
     track = common.track()
     rows = batches_of(

@@ -12,7 +12,7 @@ from rich.console import Console
 from secateur.cli import eval as eval_verb
 from secateur.cli import inspect as inspect_verb
 from secateur.cli import prune as prune_verb
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, nearest
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], Any], str]] = {
     "inspect": (inspect_verb.run, "show what can be cut of a model, and what is frozen and why"),
@@ -25,33 +25,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    if not words or words[0] in ("-h", "--help"):
-        _help(Console(highlight=False))
-        return 0 if words else 2
-    if words[0] == "--version":
-        Console().print(importlib.metadata.version("secateur"))
-        return 0
     sys.path.insert(0, os.getcwd())  # noqa: PTH109 - module:function is looked up from where the user stands
+    code = 0
     try:
-        if words[0] not in VERBS:
-            from secateur.errors import nearest
-
-            raise SecateurError(f"there is no command {words[0]!r}{nearest(words[0], VERBS)}")
-        VERBS[words[0]][0](words[1:])
+        _run(words)
     except SecateurError as error:
         errors.print(f"error: {error}", style="red", markup=False)
-        return 2
+        code = 2
     except KeyboardInterrupt:
         errors.print("stopped; nothing was written")
-        return 130
-    except SystemExit as stop:  # tyro has said what is wrong with the options
-        return stop.code if isinstance(stop.code, int) else 2
+        code = 130
+    except SystemExit as stop:  # tyro has shown the help, or has said what is wrong with the options
+        code = stop.code if isinstance(stop.code, int) else 2
     except Exception as error:  # noqa: BLE001 - the last line of defence: a fault of ours, told as one
         errors.print(f"secateur failed: {type(error).__name__}: {error}", style="red", markup=False)
         errors.print("This is our fault. Please report it with the lines below.")
         errors.print(traceback.format_exc(), markup=False)
-        return 1
-    return 0
+        code = 1
+    return code
+
+
+def _run(words: Sequence[str]) -> None:
+    verb = words[0] if words else "--help"
+    if verb == "--version":
+        Console().print(importlib.metadata.version("secateur"))
+    elif verb in ("-h", "--help"):
+        _help(Console(highlight=False))
+    elif verb in VERBS:
+        VERBS[verb][0](words[1:])
+    else:
+        raise SecateurError(f"there is no command {verb!r}{nearest(verb, VERBS)}")
 
 
 def _help(console: Console) -> None:

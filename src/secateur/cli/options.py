@@ -76,8 +76,8 @@ def method_options(method: Callable[..., Any], without: Iterable[str]) -> type[A
     for name, parameter in inspect.signature(method).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and name not in without:
             text = " ".join((documented.get(name) or "").split())
-            kind = Annotated[hints[name], tyro.conf.arg(help=text)]
-            fields.append((name, kind, dataclasses.field(default=parameter.default)))
+            documented_kind: Any = Annotated.__class_getitem__((hints[name], tyro.conf.arg(help=text)))  # type: ignore[attr-defined]
+            fields.append((name, documented_kind, dataclasses.field(default=parameter.default)))
     return dataclasses.make_dataclass("Options", fields, frozen=True)
 
 

@@ -81,6 +81,8 @@ def run(words: Sequence[str]) -> None:
     common, reading, scoring = arguments.common, arguments.reading, arguments.scoring
     check_out(arguments.out, overwrite=arguments.overwrite)
     budget = Budget.parse(arguments.budget, arguments.dims)
+    if bool(arguments.budget) == (arguments.dims is not None):
+        raise SecateurError("give either --budget, such as params=70%, or exact --dims")
     check_data(arguments.data, arguments.eval_data)
     ask = _scorer(scoring, has_search=bool(budget.limits))
     model, tokenizer, source = load_model(arguments.model, device=common.device, dtype=common.dtype)

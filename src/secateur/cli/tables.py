@@ -7,6 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from secateur.cut.config import FIELDS
+
 
 def table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Draw a table; the first column is words, the others are numbers."""
@@ -34,20 +36,20 @@ def share(part: float, whole: float) -> str:
 
 def candidates(console: Console, search: Mapping[str, Any]) -> None:
     """The ranking of a search."""
-    rows = []
-    for rank, entry in enumerate(search["candidates"], start=1):
-        sizes = ", ".join(f"{name} {size}" for name, size in entry["sizes"].items())
-        mark = " (chosen)" if entry["chosen"] else ""
-        rows.append(
-            (
-                f"{rank}. {sizes}{mark}",
-                f"{entry['params']:,.0f}",
-                f"{entry['expected_kl']:.3f}",
-                f"{entry['score']:.4f}",
-            )
+    found = search["candidates"]
+    names = list(found[0]["sizes"])
+    rows = [
+        (
+            f"{rank}" + (" chosen" if entry["chosen"] else ""),
+            *(str(entry["sizes"][name]) for name in names),
+            f"{entry['params']:,.0f}",
+            f"{entry['expected_kl']:.3f}",
+            f"{entry['score']:.4f}",
         )
+        for rank, entry in enumerate(found, start=1)
+    ]
     better = "higher" if search["higher_is_better"] else "lower"
-    title = f"{len(rows)} of {search['feasible']:,} architectures within the budget, in the order of the expected KL"
-    table(
-        console, title, ("architecture", "parameters", "expected KL", f"{search['score']} ({better} is better)"), rows
-    )
+    kinds = {name: kind for kind, own in FIELDS.items() for name in own}
+    columns = ("rank", *(kinds[name] for name in names), "parameters", "expected KL", search["score"])
+    what = f"{len(rows)} of {search['feasible']:,} architectures within the budget, by expected KL"
+    table(console, f"{what}; measured: {search['score']} ({better} is better)", columns, rows)

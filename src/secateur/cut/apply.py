@@ -5,6 +5,8 @@ that what is in memory is what a user will load. Anything else is operated on di
 result is traced again, and its shapes, sizes and constants must be those that the plan predicts.
 """
 
+import copy
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,9 +53,13 @@ def apply(
     if new is None:
         new = operate(model, plan, space, tensors, inputs)
         why = "its attributes do not follow the cut"
-    new.train(model.training)
+    moved = renumbered(space, plan)
+    modes = {new_name(name, moved): module.training for name, module in model.named_modules()}
+    for name, module in new.named_modules():
+        module.training = modes.get(name, model.training)
+    trained = {new_name(name, moved): parameter.requires_grad for name, parameter in parameters.items()}
     for name, parameter in new.named_parameters():
-        parameter.requires_grad_(parameters[name].requires_grad if name in parameters else True)
+        parameter.requires_grad_(trained[name])
     wrong = mismatch(new, plan, space, inputs)
     if wrong is not None:
         raise SecateurError(f"{type(model).__name__} cannot be cut as planned, {why}: {wrong}")
@@ -92,14 +98,15 @@ def _load(model: nn.Module, config: Any, state: Mapping[str, torch.Tensor], move
         after = new_name(name, moved)
         if name not in parameters and after is not None:
             full[after] = tensor.clone()
-    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    # The widest type loads every tensor without loss; each then gets its own back.
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in state.values() if t.is_floating_point()))
     device = next(iter(state.values())).device
     if device.type == "meta":
         with torch.device("meta"):
-            return type(model)(config).to(next(iter(dtypes)))
+            return type(model)(config).to(dtype)
     with quiet_transformers():
         new, info = type(model).from_pretrained(  # type: ignore[attr-defined]
-            None, config=config, state_dict=full, dtype=next(iter(dtypes)), output_loading_info=True
+            None, config=config, state_dict=full, dtype=dtype, output_loading_info=True
         )
     tied = {alias for names in _tied(model) for alias in names}
     missing = [name for name in info["missing_keys"] if name not in tied]
@@ -107,6 +114,8 @@ def _load(model: nn.Module, config: Any, state: Mapping[str, torch.Tensor], move
         raise SecateurError(f"the stock loader did not take {sorted(missing)[:3]} {list(info['mismatched_keys'])[:3]}")
     for name, parameter in new.named_parameters():
         parameter.data = parameter.data.to(device=device, dtype=state[name].dtype)
+    if getattr(model, "generation_config", None) is not None:
+        new.generation_config = copy.deepcopy(model.generation_config)
     return new.to(device)  # type: ignore[no-any-return]
 
 

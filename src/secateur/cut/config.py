@@ -122,7 +122,7 @@ def resized_config(config: Any, before: Sizes, after: Sizes, gone: Sequence[bool
     if {"hidden", "heads"} & set(changed) and head_dim is not None and _takes_head_dim(config):
         values["head_dim"] = head_dim
     if "layers" in changed:
-        _cut_lists(values, gone)
+        values |= cut_lists(values, gone)
     values.pop("transformers_version", None)
     return build_config(config, values)
 
@@ -188,8 +188,10 @@ def _takes_head_dim(config: Any) -> bool:
     return hasattr(config, "head_dim") or hasattr(config, "num_key_value_heads")
 
 
-def _cut_lists(values: dict[str, Any], gone: Sequence[bool]) -> None:
-    """Lists with one entry for each layer (layer_types...) lose those of the dropped layers."""
-    for key, value in values.items():
-        if "layer" in key and isinstance(value, list) and len(value) == len(gone):
-            values[key] = [entry for entry, out in zip(value, gone, strict=True) if not out]
+def cut_lists(values: Mapping[str, Any], gone: Sequence[bool]) -> dict[str, Any]:
+    """Lists of a config with one entry for each layer (layer_types...), without those of the dropped layers."""
+    return {
+        key: [entry for entry, out in zip(value, gone, strict=True) if not out]
+        for key, value in values.items()
+        if "layer" in key and isinstance(value, list) and len(value) == len(gone)
+    }

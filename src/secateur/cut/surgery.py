@@ -12,10 +12,11 @@ from torch.utils import _pytree as pytree
 
 from secateur.choose.cost import lengths
 from secateur.choose.plan import Plan
-from secateur.cut.config import field_of
+from secateur.cut.config import FIELDS, cut_lists, field_of, sizes_of
 from secateur.cut.names import new_name, renumbered
 from secateur.cut.verify import literal_mismatch
 from secateur.errors import SecateurError
+from secateur.load.mode import evaluating
 from secateur.space import Block, Space, evaluate
 from secateur.space.trace import example_inputs
 
@@ -64,6 +65,7 @@ def operate(
     _remove_sublayers(model, new, removed, inputs)
     _drop_layers(new, plan, space)
     _set_shape_attributes(new)
+    _set_config_sizes(new, plan, space)
     choices = _choices(new, plan, space)
     trials = list(itertools.islice(itertools.product(*choices.values()), _MOST_TRIALS + 1))
     if len(trials) > _MOST_TRIALS:
@@ -99,7 +101,7 @@ def _remove_sublayers(model: nn.Module, new: nn.Module, blocks: list[Block], inp
     handles = [model.get_submodule(b.name).register_forward_hook(remember(b.name)) for b in blocks]
     try:
         if blocks:
-            with torch.no_grad():
+            with evaluating(model), torch.no_grad():
                 model(**(example_inputs(model) if inputs is None else inputs))
     finally:
         for handle in handles:
@@ -130,10 +132,25 @@ def _drop_layers(new: nn.Module, plan: Plan, space: Space) -> None:
                     if name in ("layer_idx", "layer_index", "layer_id") and value == before:
                         setattr(module, name, index)
         new.set_submodule(stack, nn.ModuleList(module for _, module in kept))
-        config = getattr(new, "config", None)
-        name = None if config is None else field_of(config, "layers")
-        if name is not None and getattr(config, name) == len(gone):
-            setattr(config, name, len(kept))
+        for part in _configs(new):
+            for key, value in cut_lists(vars(part), gone).items():
+                setattr(part, key, value)
+
+
+def _configs(new: nn.Module) -> list[Any]:
+    """The model's config and the configs inside of it."""
+    config = getattr(new, "config", None)
+    return [] if config is None else [config, *(c for c in vars(config).values() if hasattr(c, "to_dict"))]
+
+
+def _set_config_sizes(new: nn.Module, plan: Plan, space: Space) -> None:
+    """Sizes that all layers still share go into the config: some forward passes read them there (Phi-3)."""
+    config = getattr(new, "config", None)
+    before, after = sizes_of(space), sizes_of(space, plan)
+    for kind in FIELDS if config is not None else ():
+        name, size = field_of(config, kind), after.get(kind)
+        if name is not None and size is not None and size != before.get(kind):
+            setattr(config, name, size)
 
 
 def _set_shape_attributes(new: nn.Module) -> None:

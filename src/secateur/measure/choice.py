@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from secateur.errors import SecateurError
-from secateur.load.data import Tokenizer, evaluating, existing_file, read_records
+from secateur.load.data import Tokenizer, existing_file, read_records
+from secateur.load.mode import evaluating
 from secateur.measure.quality import logits_of
 from secateur.progress import Track, quiet
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from secateur.errors import SecateurError, nearest
-from secateur.load.data import Tokenizer, evaluating
+from secateur.load.data import Tokenizer
+from secateur.load.mode import evaluating
 from secateur.progress import Track, quiet
 
 if TYPE_CHECKING:

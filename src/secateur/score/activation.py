@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.load.data import evaluating
+from secateur.load.mode import evaluating
 from secateur.progress import Track, quiet
 from secateur.space import Axis, Space
 
@@ -109,6 +109,9 @@ def activation_scores(
         if not bool(torch.isfinite(energy).all()):
             place, _, module = key.partition(":")
             raise SecateurError(f"NaN or infinite activations at the {place} of {module}: check the weights and dtype")
+    for name, total in watch.cosine.items():
+        if not bool(torch.isfinite(total)):
+            raise SecateurError(f"NaN or infinite activations in {name}: check the weights and dtype")
     scores = {axis.name: _axis_score(axis, watch, space, norms[axis.name]) for axis in wanted}
     influence = {name: 1 - float(total) / watch.tokens for name, total in watch.cosine.items()}
     return Scores(scores, influence, samples, int(watch.tokens))

@@ -42,8 +42,11 @@ class Cache:
         path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
         if path.exists():
             return _read(path, text)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SecateurError(f"the cache folder {self.folder} cannot be made: {error}") from error
         tensors, values = compute()
-        self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".partial-{os.getpid()}")
         try:
             save_file(tensors, partial, metadata={"key": text, "values": json.dumps(values)})

@@ -14,6 +14,7 @@ from secateur.space.dims import Term, Var, freeze, is_live
 # Operators whose rule takes notes for others, and so runs even where nothing can be cut any more.
 NOTED = frozenset(f"aten.{n}" for n in ("linear", "addmm", "mm", "matmul", "bmm", "embedding"))
 NOTED |= {"aten.softmax", "aten.scaled_dot_product_attention"}
+NOTED |= {"aten.expand", "aten.repeat", "aten.repeat_interleave"}  # one KV head: nothing but the copies can be cut
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Flow:
     """(module, parameter) of every table look-up."""
     literals: list[Literal] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
+    learned: set[fx.Node] = field(default_factory=set)
+    """Nodes that depend on a parameter (masks and rotary tables do not)."""
 
     def value(self, argument: Any) -> Any:
         """The `Value` of a graph argument; lists are mapped, other Python values pass."""
@@ -119,9 +122,12 @@ def run(program: ExportedProgram, canonical: Mapping[str, str]) -> Flow:
     """
     flow = Flow()
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    inputs: list[Any] = []
+    inputs: list[tuple[Any, bool]] = []
     for node in program.graph.nodes:
         if node.op != "placeholder":
+            continue
+        if not node.users:  # the other name of a tied parameter, or one that the forward pass does not use
+            inputs.append((None, False))
             continue
         spec = kinds[node.name]
         meta = node.meta.get("val")
@@ -130,11 +136,11 @@ def run(program: ExportedProgram, canonical: Mapping[str, str]) -> Flow:
             dims = tuple(Var(n) for n in shape_of(meta))
             value = Value(dims, (name, tuple(range(len(dims)))))
             flow.parameters[name] = value
-            inputs.append(value)
+            inputs.append((value, True))
         elif spec.kind is InputKind.BUFFER:
-            inputs.append(constant(meta, f"buffer {spec.target}, which is computed and not stored"))
+            inputs.append((constant(meta, f"buffer {spec.target}, which is computed and not stored"), False))
         else:
-            inputs.append(constant(meta, "an input of the model"))
+            inputs.append((constant(meta, "an input of the model"), False))
     outputs = _run_graph(flow, program.graph_module, inputs)
     for value in _tensors(outputs):
         for dim in value.dims:
@@ -142,21 +148,23 @@ def run(program: ExportedProgram, canonical: Mapping[str, str]) -> Flow:
     return flow
 
 
-def _run_graph(flow: Flow, graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Interpret one graph; sub-graphs of higher-order operators are entered."""
+def _run_graph(flow: Flow, graph: fx.GraphModule, inputs: Sequence[tuple[Any, bool]]) -> Any:
+    """Interpret one graph on (value, learned); sub-graphs of higher-order operators are entered."""
     from secateur.space.rules import RULES  # the rules need the types above
 
     waiting = list(inputs)
     result: Any = None
     for node in graph.graph.nodes:
         if node.op == "placeholder":
-            flow.nodes[node] = waiting.pop(0)
+            flow.nodes[node], learned = waiting.pop(0)
+            flow.learned |= {node} if learned else set()
         elif node.op == "get_attr":
             flow.nodes[node] = None
         elif node.op == "output":
             result = flow.value(node.args[0])
         else:
             flow.order.append(node)
+            flow.learned |= {node} if flow.learned.intersection(node.all_input_nodes) else set()
             flow.nodes[node] = _apply(flow, graph, node, RULES)
     return result
 
@@ -165,7 +173,9 @@ def _apply(flow: Flow, graph: fx.GraphModule, node: fx.Node, rules: Mapping[str,
     name = op_name(node)
     if name.startswith("wrap_with"):
         submodule, *inputs = [a for a in node.args if isinstance(a, fx.Node)]
-        return _run_graph(flow, getattr(graph, str(submodule.target)), [flow.value(i) for i in inputs])
+        return _run_graph(
+            flow, getattr(graph, str(submodule.target)), [(flow.value(i), i in flow.learned) for i in inputs]
+        )
     meta = node.meta.get("val")
     args = [flow.value(a) for a in node.args]
     kwargs = {key: flow.value(a) for key, a in node.kwargs.items()}
@@ -174,7 +184,8 @@ def _apply(flow: Flow, graph: fx.GraphModule, node: fx.Node, rules: Mapping[str,
         return source[index] if isinstance(source, list) else None
     operands = _tensors(args) + _tensors(list(kwargs.values()))
     where = f"{name} in {module_of(node) or 'the root module'}"
-    if meta is None or (name not in NOTED and not any(value.live for value in operands)):
+    noted = name in NOTED and node in flow.learned
+    if meta is None or not (noted or any(value.live for value in operands)):
         return constant(meta, _first_reason(operands) or f"made by {where}")
     rule = rules.get(name)
     if rule is None:

@@ -130,6 +130,8 @@ def attention(
         unify(query.dims[-3], value.dims[-3], f"{where}: heads")
     unify(query.dims[-1], key.dims[-1], f"{where}: head dimension")
     _join_head_dims(query.dims[-1], value.dims[-1])
+    if kw.get("scale") is None:
+        freeze(query.dims[-1], f"{where}: its scale follows the head dimension")
     heads = query.dims[-3]
     if mask is not None and len(mask.dims) >= 3 and size_of(mask.dims[-3]) != 1:
         unify(heads, mask.dims[-3], f"{where}: a mask for each head")
@@ -269,22 +271,23 @@ def expand(flow: Flow, node: fx.Node, x: Value, sizes: Sequence[Any], **_: Any) 
     return Value(tuple(dims))
 
 
-def repeat_interleave(_: Flow, node: fx.Node, x: Value, repeats: Any, dim: int | None = None, **__: Any) -> Value:
+def repeat_interleave(flow: Flow, node: fx.Node, x: Value, repeats: Any, dim: int | None = None, **__: Any) -> Value:
     """Each unit `repeats` times in a row."""
     if dim is None or not isinstance(repeats, int):
-        return unknown(_, node, x)
+        return unknown(flow, node, x)
     axis = _dim(dim, len(x.dims))
-    return Value((*x.dims[:axis], product([x.dims[axis], Var(repeats, tile=True)]), *x.dims[axis + 1 :]))
+    tile = Var(repeats, tile=True)
+    _note_literals(flow, node, [repeats], [tile])
+    return Value((*x.dims[:axis], product([x.dims[axis], tile]), *x.dims[axis + 1 :]))
 
 
-def repeat(_: Flow, __: fx.Node, x: Value, repeats: Sequence[int]) -> Value:
+def repeat(flow: Flow, node: fx.Node, x: Value, repeats: Sequence[int]) -> Value:
     """The whole dimension `repeats` times in a row."""
     offset = len(repeats) - len(x.dims)
-    dims: list[Term] = []
-    for i, n in enumerate(repeats):
-        inner = [x.dims[i - offset]] if i >= offset else []
-        dims.append(product([Var(n, tile=True), *inner]))
-    return Value(tuple(dims))
+    tiles = [Var(n, tile=True) for n in repeats]
+    _note_literals(flow, node, repeats, tiles)
+    inner = [[x.dims[i - offset]] if i >= offset else [] for i in range(len(repeats))]
+    return Value(tuple(product([tile, *rest]) for tile, rest in zip(tiles, inner, strict=True)))
 
 
 def cat(_: Flow, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> Value:
@@ -321,8 +324,8 @@ def slice_(flow: Flow, node: fx.Node, x: Value, dim: int = 0, start: Any = None,
         first = start if isinstance(start, int) else 0
         first = max(first + old, 0) if first < 0 else min(first, old)
         part = narrow(x.dims[axis], first, first + new, f"{_where(node)}: a slice across its units")
-        if isinstance(end, int) and 0 < end < old:
-            flow.literals.append(Literal(module_of(node), end, narrow(x.dims[axis], 0, end, "")))
+        ends = [n for n in (start, end) if isinstance(n, int) and 0 < n < old]
+        _note_literals(flow, node, ends, [narrow(x.dims[axis], 0, n, _where(node)) for n in ends])
     return Value((*x.dims[:axis], part, *x.dims[axis + 1 :]))
 
 

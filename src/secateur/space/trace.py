@@ -10,6 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from secateur.errors import SecateurError
+from secateur.load.mode import evaluating
 
 _PRIMES = (13, 11, 17, 7, 19, 23, 29, 31, 37, 41, 43)
 
@@ -41,13 +42,11 @@ def export(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Exporte
         SecateurError: when torch.export cannot follow the forward pass.
     """
     kwargs = dict(example_inputs(model) if inputs is None else inputs)
-    training = model.training
-    model.eval()
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # it prints tracebacks of errors that we report
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with evaluating(model), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return torch.export.export(model, (), kwargs, strict=False)
     except Exception as error:  # torch.export raises whatever the user's own code raises
@@ -57,4 +56,3 @@ def export(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Exporte
         ) from error
     finally:
         logger.setLevel(level)
-        model.train(training)

@@ -1,0 +1,66 @@
+"""Every Python block and every secateur command of the README and of docs/ runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# Enough to run every step of a command; the documented ones take the whole of the calibration data.
+SMALL = {"prune": ["--samples", "16", "--score-samples", "4", "--top-k", "2"], "eval": ["--samples", "8"], "inspect": []}
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(where, text) of every block in a language."""
+    found = []
+    for page in PAGES:
+        matches = [m for m in BLOCK.finditer(page.read_text()) if m[1] == language]
+        found += [(f"{page.name}-{i}", m[2]) for i, m in enumerate(matches)]
+    return found
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(where, words) of every secateur command, in the order of the pages."""
+    found = []
+    for where, text in blocks("bash"):
+        lines = text.replace("\\\n", " ").replace("\n    --", " --").splitlines()
+        found += [(where, shlex.split(line, comments=True)) for line in lines if line.startswith("secateur ")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the paths of the docs are right and results do no harm."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    return folder
+
+
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize(("where", "text"), blocks("python"), ids=[where for where, _ in blocks("python")])
+def test_python_block_runs(where: str, text: str, workplace: Path) -> None:
+    done = run([sys.executable, "-c", text], workplace)
+    assert done.returncode == 0, f"{where}: {done.stderr}"
+
+
+def test_commands_run(workplace: Path) -> None:
+    assert {words[1] for _, words in commands()} == set(SMALL)
+    for where, words in commands():
+        done = run([sys.executable, "-m", "secateur", *words[1:], *SMALL[words[1]]], workplace)
+        assert done.returncode == 0, f"{where}: {shlex.join(words)}: {done.stderr}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
