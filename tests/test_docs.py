@@ -13,7 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Enough to run every step of a command; the documented ones take the whole of the calibration data.
-SMALL = {"prune": ["--samples", "16", "--score-samples", "4", "--top-k", "2"], "eval": ["--samples", "8"], "inspect": []}
+SMALL = {
+    "prune": ["--samples", "16", "--score-samples", "4", "--top-k", "2"],
+    "eval": ["--samples", "8"],
+    "inspect": [],
+}
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

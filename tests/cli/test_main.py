@@ -78,7 +78,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main([verb, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"usage: secateur {verb}" in out
-    assert ("--max-width-cut" in out and "How candidates" not in out.split("\n")[0]) is (verb == "prune")
+    assert ("--max-width-cut" in out) is (verb == "prune")
 
 
 def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +105,7 @@ def secateur(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_real_processes(tmp_path: Path) -> None:
-    save_model(tmp_path / "dense")
+    save_model(tmp_path / "dense", num_hidden_layers=1)
     write_data(tmp_path / "data")
     for words in (
         ["inspect", "dense", "--json"],
@@ -117,7 +117,3 @@ def test_real_processes(tmp_path: Path) -> None:
         assert isinstance(json.loads(done.stdout), dict)
         assert done.stderr == "", words
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "dense", "out"]
-    refused = secateur(tmp_path, "eval", "dense", "--data", "nowhere.txt")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("error: nowhere.txt: no such file")
-    assert refused.stderr.count("\n") == 1

@@ -1,6 +1,6 @@
 """Probes are real cuts, the proxy adds them up, and layers go only when the real removal says so."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,7 +124,7 @@ def influence(values: Sequence[float]) -> Scores:
     return Scores({}, {f"model.layers.{i}": value for i, value in enumerate(values)}, 1, 1)
 
 
-def fake_kl(cost: dict[tuple[int, ...], float], model: Any) -> Callable[[nn.Module], float]:
+def fake_kl(cost: Mapping[tuple[int, ...], float], model: Any) -> Callable[[nn.Module], float]:
     """KL by which of the layers are left, told apart by their first weight."""
     marks = [layer.input_layernorm.weight[0].item() for layer in model.model.layers]
 
@@ -138,7 +138,7 @@ def fake_kl(cost: dict[tuple[int, ...], float], model: Any) -> Callable[[nn.Modu
 def test_a_layer_that_influence_proposes_and_kl_rejects_stays(deep: Any) -> None:
     # Layer 3 has the least influence, but 0 is what can really go; 4 is never proposed, however cheap.
     scores = influence([0.3, 0.2, 0.9, 0.1, 0.95])
-    cost = {(3,): 5.0, (1,): 4.0, (0,): 1.0, (4,): 0.0}
+    cost: dict[tuple[int, ...], float] = {(3,): 5.0, (1,): 4.0, (0,): 1.0, (4,): 0.0}
     assert PROPOSALS == 3
     assert drop_layers(deep, discover(deep), scores, 1, fake_kl(cost, deep)) == [((), 0.0), (("model.layers.0",), 1.0)]
 

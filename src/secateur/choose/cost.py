@@ -1,11 +1,14 @@
 """Analytic costs of a model as functions of its axis lengths: parameters, bytes, KV cache."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
 from secateur.choose.plan import Plan
+from secateur.errors import SecateurError
 from secateur.space import Polynomial, Space, evaluate
 
 UNIFORM_KINDS = ("hidden", "ffn", "heads", "kv_groups")
@@ -20,6 +23,17 @@ class Workload:
     seq_len: int = 4096
     window: Callable[[str], int | None] | None = None
     """For an attention module's path, the positions that it keeps at most; None = all."""
+    stored: torch.dtype | None = None
+    """Type that weights and cache will have; None = the parameters' own."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("kv_batch", self.batch), ("kv_seq_len", self.seq_len)):
+            if value < 1:
+                raise SecateurError(f"{name} must be at least 1, not {value}")
+
+    def itemsize(self, own: torch.dtype) -> int:
+        """Bytes of one element of a tensor whose own type is given."""
+        return own.itemsize if self.stored is None or not own.is_floating_point else self.stored.itemsize
 
     def positions(self, module: str) -> int:
         """Positions that the attention at `module` keeps for each sequence."""
@@ -66,21 +80,18 @@ def costs(space: Space, plan: Plan, workload: Workload | None = None) -> Costs:
         if parameter.name not in gone:
             count = evaluate(parameter.size, at)
             params += count
-            bytes_ += count * parameter.dtype.itemsize
+            bytes_ += count * workload.itemsize(parameter.dtype)
     dropped = tuple(f"{name}." for name in plan.dropped)
     for cache in space.caches:
         if not f"{cache.module}.".startswith(dropped or ("\0",)):
             elements = evaluate(cache.size, at) * workload.batch * workload.positions(cache.module)
-            bytes_ += elements * _cache_itemsize(space)
+            bytes_ += elements * workload.itemsize(_cache_dtype(space))
     return Costs(params, params, bytes_)
 
 
-def _cache_itemsize(space: Space) -> int:
+def _cache_dtype(space: Space) -> torch.dtype:
     """The cache is kept in the type of the weights: the commonest one counts."""
-    votes: dict[int, int] = defaultdict(int)
-    for parameter in space.parameters.values():
-        votes[parameter.dtype.itemsize] += 1
-    return max(votes, key=lambda size: votes[size]) if votes else 4
+    return Counter(parameter.dtype for parameter in space.parameters.values()).most_common(1)[0][0]
 
 
 @dataclass(frozen=True)
@@ -118,9 +129,9 @@ def uniform_cost(space: Space, workload: Workload) -> UniformCost:
 
     for parameter in space.parameters.values():
         add("params", parameter.block, parameter.size, 1)
-        add("memory", parameter.block, parameter.size, parameter.dtype.itemsize)
+        add("memory", parameter.block, parameter.size, workload.itemsize(parameter.dtype))
     for cache in space.caches:
-        per_position = workload.batch * _cache_itemsize(space)
+        per_position = workload.batch * workload.itemsize(_cache_dtype(space))
         add("memory", cache.block, cache.size, per_position * workload.positions(cache.module))
     return UniformCost(_plain(fixed), _plain(layered))
 

@@ -140,6 +140,8 @@ def _unreachable(limits: Mapping[str, float], smallest: Mapping[str, float], den
         share = f"{100 * floor / whole:.1f}%" if whole else "?"
         missed = "" if floor <= limit else ", which is above the limit"
         parts.append(f"{measure}={limit:,.0f}: the smallest reachable is {floor:,.0f} ({share} of the dense){missed}")
+    if all(smallest[measure] <= limit for measure, limit in limits.items()):
+        parts.append("each alone can be met, but not all together")
     return (
         f"the budget cannot be met ({'; '.join(parts)}); "
         "allow more with --max-width-cut or --max-depth-cut, smaller --divisors, or fewer --skip"

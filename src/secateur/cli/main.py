@@ -24,7 +24,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], Any], str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     sys.path.insert(0, os.getcwd())  # noqa: PTH109 - module:function is looked up from where the user stands
     code = 0
     try:

@@ -11,8 +11,10 @@ import docstring_parser
 import tyro
 from rich.console import Console
 
+from secateur.errors import SecateurError
 from secateur.load.data import check_source
 from secateur.progress import Track, bars, quiet
+from secateur.ship.checkpoint import json_values
 
 _CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 Group = tyro.conf.arg(name="")
@@ -38,11 +40,11 @@ class Common:
 
     def show(self, values: Mapping[str, Any], draw: Callable[[Console], None]) -> None:
         """Print the result: JSON, or what `draw` draws."""
-        console = Console(highlight=False)
+        console = Console(highlight=False, emoji=False)
         if not console.is_terminal:
-            console = Console(highlight=False, width=120)
+            console = Console(highlight=False, emoji=False, width=120)
         if self.json:
-            console.print_json(json.dumps(values))
+            console.print_json(json.dumps(json_values(values), allow_nan=False))
         else:
             draw(console)
 
@@ -64,7 +66,15 @@ class Reading:
 
 
 def parse(kind: type[Any], verb: str, words: Sequence[str]) -> Any:
-    """Read a verb's options into a dataclass; tyro prints what is wrong and exits with 2."""
+    """Read a verb's options into a dataclass; tyro prints what is wrong and exits with 2.
+
+    Raises:
+        SecateurError: for an option that is given twice, of which only the last would count.
+    """
+    flags = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            raise SecateurError(f"{flag} is given twice: put all of its values behind one {flag}")
     return tyro.cli(kind, prog=f"secateur {verb}", args=list(words), config=_CONFIG)
 
 

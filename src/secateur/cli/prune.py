@@ -65,7 +65,7 @@ class Arguments:
 def run(words: Sequence[str]) -> None:
     """Run the verb."""
     method = _method(words)
-    options_class = method_options(METHODS[method], without=("score", "track"))
+    options_class = method_options(METHODS[method], without=("score", "stored_dtype", "track"))
     whole = dataclasses.make_dataclass(
         "Whole",
         [
@@ -83,6 +83,8 @@ def run(words: Sequence[str]) -> None:
     budget = Budget.parse(arguments.budget, arguments.dims)
     if bool(arguments.budget) == (arguments.dims is not None):
         raise SecateurError("give either --budget, such as params=70%, or exact --dims")
+    if arguments.eval_data == "self":
+        raise SecateurError("--eval-data self would measure the model on its own words: give held-out data")
     check_data(arguments.data, arguments.eval_data)
     ask = _scorer(scoring, has_search=bool(budget.limits))
     model, tokenizer, source = load_model(arguments.model, device=common.device, dtype=common.dtype)
@@ -94,6 +96,7 @@ def run(words: Sequence[str]) -> None:
     score = None if ask is None else ask(model, tokenizer, rows, int(options.get("score_samples", 64)))
     result = prune(
         model, budget, method=method, data=rows, eval_data=held_out, name=arguments.model, track=track, score=score,
+        stored_dtype=source.dtype,
         **options,
     )  # fmt: skip
     report = {**result.report, "data": {"calibration": arguments.data, "evaluation": arguments.eval_data}}

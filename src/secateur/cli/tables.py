@@ -7,8 +7,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from secateur.cut.config import FIELDS
-
 
 def table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Draw a table; the first column is words, the others are numbers."""
@@ -49,7 +47,6 @@ def candidates(console: Console, search: Mapping[str, Any]) -> None:
         for rank, entry in enumerate(found, start=1)
     ]
     better = "higher" if search["higher_is_better"] else "lower"
-    kinds = {name: kind for kind, own in FIELDS.items() for name in own}
-    columns = ("rank", *(kinds[name] for name in names), "parameters", "expected KL", search["score"])
+    columns = ("rank", *search["kinds"], "parameters", "expected KL", search["score"])
     what = f"{len(rows)} of {search['feasible']:,} architectures within the budget, by expected KL"
     table(console, f"{what}; measured: {search['score']} ({better} is better)", columns, rows)

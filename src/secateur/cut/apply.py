@@ -22,6 +22,7 @@ from secateur.cut.verify import mismatch
 from secateur.errors import SecateurError
 from secateur.load.model import quiet_transformers
 from secateur.space import Space, discover
+from secateur.space.trace import example_inputs
 
 
 def apply(
@@ -41,6 +42,8 @@ def apply(
     Raises:
         SecateurError: for a plan that does not fit the model, that removes nothing, or whose cut cannot be verified.
     """
+    if inputs is None:
+        inputs = example_inputs(model)  # the cut model is traced with the same shapes as the dense one
     space = space or discover(model, inputs)
     plan.check(space)
     parameters = dict(model.named_parameters())

@@ -39,8 +39,9 @@ class Sizes:
 
 
 def field_of(config: Any, kind: str) -> str | None:
-    """The config's own name for the size of a kind."""
-    return next((name for name in FIELDS[kind] if hasattr(config, name)), None)
+    """The config's own name for the size of a kind (GPT-2 stores hidden_size as n_embd)."""
+    name = next((name for name in FIELDS[kind] if hasattr(config, name)), None)
+    return None if name is None else str(getattr(config, "attribute_map", {}).get(name, name))
 
 
 def kind_of(config: Any, name: str) -> str:
@@ -51,7 +52,7 @@ def kind_of(config: Any, name: str) -> str:
     """
     own = {field_of(config, kind): kind for kind in FIELDS}
     for kind, names in FIELDS.items():
-        if name in names or name == kind:
+        if name in (*names, kind, field_of(config, kind)):
             return kind
     known = [n for n in own if n] + ["ffn_hidden_size", "num_query_groups", "num_layers"]
     raise SecateurError(f"dims: the config has no size {name!r}{nearest(name, known)}")
@@ -116,7 +117,7 @@ def resized_config(config: Any, before: Sizes, after: Sizes, gone: Sequence[bool
         name = field_of(config, kind)
         if name is None:
             return None
-        values[_stored(config, name)] = size
+        values[name] = size
         if kind == "heads" and before.kv_groups is None and hasattr(config, "num_key_value_heads"):
             values["num_key_value_heads"] = size
     if {"hidden", "heads"} & set(changed) and head_dim is not None and _takes_head_dim(config):
@@ -170,12 +171,6 @@ def build_config(config: Any, values: Mapping[str, Any]) -> Any:
         if getattr(config, name, None) is not None:
             setattr(new, name, getattr(config, name))
     return new
-
-
-def _stored(config: Any, name: str) -> str:
-    """The key under which the config keeps an attribute (GPT-2 stores hidden_size as n_embd)."""
-    mapped: str = getattr(config, "attribute_map", {}).get(name, name)
-    return mapped
 
 
 def _implied_head_dim(config: Any) -> int | None:

@@ -72,7 +72,7 @@ def literal_mismatch(new: nn.Module, plan: Plan, space: Space, inputs: Mapping[s
     at, moved = lengths(space, plan), renumbered(space, plan)
     out = tuple(f"{name}." for name in plan.dropped)
     kept = [x for x in space.literals if not f"{x.module}.".startswith(out or ("\0",))]
-    sizes = [(new_name(x.module, moved), int(evaluate(x.size, at))) for x in kept]
+    sizes = [(str(new_name(x.module, moved)), int(evaluate(x.size, at))) for x in kept]
     # A one is not noted, since it may be anything; code may also take another path there (no repeat of one head).
     expected = [(module, size) for module, size in sizes if size > 1]
     found = [(x.module, x.value) for x in discover(new, inputs).literals]

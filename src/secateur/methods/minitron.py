@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from secateur.choose.budget import Budget
@@ -45,6 +46,7 @@ def minitron(
     score_samples: int = 64,
     kv_batch: int = 1,
     kv_seq_len: int = 4096,
+    stored_dtype: torch.dtype | None = None,
     presorted: bool = False,
     cache: Path | None = None,
     track: Track = quiet,
@@ -69,6 +71,7 @@ def minitron(
         score_samples: calibration rows for the KL of probes, dropped layers and candidates.
         kv_batch: sequences whose KV cache the memory budget counts.
         kv_seq_len: positions of each.
+        stored_dtype: type of the weights and the cache that the memory budget counts; the model's own by default.
         presorted: the model's units are in order of importance already: keep the first ones, without scoring.
         cache: folder that keeps scores and sensitivities, keyed by all that they depend on.
         track: shows progress.
@@ -76,6 +79,7 @@ def minitron(
     Raises:
         SecateurError: for options that contradict, dims that do not fit, a budget that cannot be met.
     """
+    workload = Workload(kv_batch, kv_seq_len, sliding_window(_config(model)), stored_dtype)
     study = Study(model, discover(model), data, score_samples, Cache(cache), track)
     if budget.dims:
         if budget.limits or budget.n_m:
@@ -88,7 +92,6 @@ def minitron(
     if top_k < 1:
         raise SecateurError(f"top_k must be at least 1, not {top_k}")
     grid = _grid(study.space, _config(model), max_width_cut, max_depth_cut, divisors or {}, skip)
-    workload = Workload(kv_batch, kv_seq_len, sliding_window(_config(model)))
     return _search(study, budget, grid, workload, score, top_k, presorted)
 
 
@@ -164,7 +167,12 @@ def _search(
         for entry in ranked
         for candidate, _, value in [entry]
     ]
-    search_details = {"score": metric.name, "higher_is_better": metric.higher_is_better, "feasible": feasible}
+    search_details = {
+        "kinds": list(grid.dense),
+        "score": metric.name,
+        "higher_is_better": metric.higher_is_better,
+        "feasible": feasible,
+    }
     probes = {"weight": dict(sensitivity.weight), "depth_kl": [[len(n), kl] for n, kl in sensitivity.depth[1:]]}
     return _decision(study, chosen[1], scores, {"search": {**search_details, "candidates": table, "probes": probes}})
 

@@ -74,8 +74,9 @@ def batches_of(
     Raises:
         SecateurError: for data that is missing, empty or not understood.
     """
-    if batch_size < 1:
-        raise SecateurError(f"batch_size must be at least 1, not {batch_size}")
+    for option, value in (("batch_size", batch_size), ("samples", samples), ("seq_len", seq_len)):
+        if value is not None and value < 1:
+            raise SecateurError(f"{option} must be at least 1, not {value}")
     if isinstance(data, torch.Tensor):
         rows = data if data.dim() == 2 else data.reshape(1, -1)
         return list(torch.split(rows[:samples], batch_size))
@@ -211,7 +212,9 @@ def report_of(
 ) -> dict[str, Any]:
     """What was cut, what it costs now, what was measured."""
     space, config = decision.space, getattr(model, "config", None)
-    workload = Workload(options.get("kv_batch", 1), options.get("kv_seq_len", 4096), sliding_window(config))
+    workload = Workload(
+        options.get("kv_batch", 1), options.get("kv_seq_len", 4096), sliding_window(config), options.get("stored_dtype")
+    )
     before, after = sizes_of(space), sizes_of(space, plan)
     kinds = [kind for kind in DIVISORS if before.get(kind) is not None]
     names = {kind: next(iter(named(config, {kind: 0}))) for kind in kinds}

@@ -67,7 +67,7 @@ def save(
     check_stock(model, plan)
     texts = {}
     if report is not None:
-        texts["report.json"] = json.dumps(_plain(report), indent=2, allow_nan=False) + "\n"
+        texts["report.json"] = json.dumps(json_values(report), indent=2, allow_nan=False) + "\n"
         texts["README.md"] = model_card(report)
     if card is not None:
         texts["README.md"] = card
@@ -168,12 +168,12 @@ def _save_tokenizer(tokenizer: Any | None, folder: Path, source: Source | None) 
             tokenizer.save_pretrained(folder)
 
 
-def _plain(value: Any) -> Any:
+def json_values(value: Any) -> Any:
     """The same report with what JSON has no word for as text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): json_values(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [json_values(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return str(value) if isinstance(value, Path | torch.dtype | torch.device) else value
