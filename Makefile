@@ -26,7 +26,7 @@ test: $(STAMP)  ## lint, format, types and tests: all that must be green
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 demo: $(STAMP)  ## prune the bundled language model to 70% of its parameters
 	$(BIN)/secateur prune $(MODEL) --out out/pydoc-llama-70 --method minitron --budget params=70% \

@@ -91,8 +91,8 @@ def test_cache_of_a_model_without_one_attention() -> None:
 
 
 def test_cache_stops_at_the_window() -> None:
-    _, space = dense("gemma2")
-    base = costs(space, Plan(), Workload(1, 0)).memory
+    model, space = dense("gemma2")
+    base = sum(p.numel() * p.element_size() for p in model.parameters())
     whole = costs(space, Plan(), Workload(1, 100)).memory - base
     windows = {"model.layers.0.self_attn": 25, "model.layers.1.self_attn": None}
     windowed = costs(space, Plan(), Workload(1, 100, windows.get)).memory - base
@@ -103,9 +103,11 @@ def test_cache_stops_at_the_window() -> None:
 def test_bytes_follow_the_dtype() -> None:
     model = tiny("llama", dtype=torch.bfloat16, device="meta")
     space = discover(model)
-    assert costs(space, Plan(), Workload(1, 0)).memory == 2 * count(model)
+    assert costs(space, Plan(), Workload(1, 2)).memory == 2 * count(model) + 2 * 2 * 2 * 2 * 2 * 12
     per_position = costs(space, Plan(), Workload(1, 1)).memory - 2 * count(model)
     assert per_position == 2 * 2 * 2 * 2 * 12  # bytes, layers, keys and values, groups, head dimension
+    wide = costs(space, Plan(), Workload(1, 1, stored=torch.float32)).memory
+    assert wide == 2 * costs(space, Plan(), Workload(1, 1)).memory
 
 
 def test_tied_parameters_count_once() -> None:

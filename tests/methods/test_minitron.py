@@ -188,9 +188,7 @@ def test_gpt2_must_cut_hidden_and_heads_together(gpt2: Any) -> None:
     with pytest.raises(SecateurError) as caught:
         exact(gpt2, hidden_size=36)
     text = str(caught.value)
-    assert text.startswith(
-        "dims: GPT2Config cannot describe hidden_size=36, n_inner=80, num_attention_heads=4, num_hidden_layers=2"
-    )
+    assert text.startswith("dims: GPT2Config cannot describe n_embd=36, n_inner=80, n_head=4, n_layer=2")
     assert text.endswith(": with a fixed head dimension of 12, hidden must be 12 x heads")
 
 

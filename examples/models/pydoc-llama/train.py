@@ -106,10 +106,10 @@ def save_data(tokenizer: Tokenizer, sources: Sequence[Source], out: Path) -> tup
     train = encode(tokenizer, (s for s in sources if not s.validates))
     val = encode(tokenizer, (s for s in sources if s.validates))
     order = np.random.default_rng(0).permutation(len(train) // ROW)[:CALIB_ROWS]
-    calib = rows(train, len(train), "training").numpy()[order].astype(np.uint16).reshape(-1)
+    calib = rows(train, len(train), "training").numpy()[order].astype(np.uint16)
     for name, ids in (("train", train), ("val", val), ("calib", calib)):
         np.save(out / f"{name}_ids.npy", ids)
-        print(f"{name}_ids.npy: {len(ids):,} tokens")
+        print(f"{name}_ids.npy: {ids.size:,} tokens")
     return train, val
 
 
