@@ -49,4 +49,5 @@ def test_perplexity_at_known_sizes(
 
 def test_block_influence(scored: tuple[Any, Any, Any]) -> None:
     influence = list(scored[2].blocks.values())
-    assert influence[:5] == pytest.approx([1.049, 0.125, 0.087, 0.076, 0.089], abs=5.1e-4)  # the reference is rounded to three digits
+    # The reference is rounded to three digits.
+    assert influence[:5] == pytest.approx([1.049, 0.125, 0.087, 0.076, 0.089], abs=5.1e-4)
