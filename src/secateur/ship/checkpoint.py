@@ -356,12 +356,10 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```python
 from pathlib import Path
 
-from secateur.choose.plan import Plan
-from secateur.cut import apply
-from secateur.load.model import load_model
+import secateur
 
-dense, _, _ = load_model("path/to/the/dense/model")
-pruned = apply(dense, Plan.load(Path("path/to/this/folder")))
+dense = secateur.load("path/to/the/dense/model")
+pruned = secateur.apply(dense, secateur.Plan.load(Path("path/to/this/folder")))
 ```
 """.splitlines()
 
@@ -415,7 +413,8 @@ def _table(first: str, rows: Mapping[str, Any]) -> list[str]:
             if "dense" not in value and "pruned" not in value:
                 continue
             dense, pruned = value.get("dense"), value.get("pruned")
-            lines.append(f"| {label} | {_number(name, dense)} | {_number(name, pruned)} | {_change(dense, pruned)} |")
+            share = "" if name == "perplexity" else _change(dense, pruned)
+            lines.append(f"| {label} | {_number(name, dense)} | {_number(name, pruned)} | {share} |")
         else:
             lines.append(f"| {label} | | {_number(name, value)} | |")
     return [f"| {first} | dense | pruned | pruned / dense |", "| --- | ---: | ---: | ---: |", *lines] if lines else []
@@ -428,6 +427,8 @@ def _number(name: str, value: Any) -> str:
         return str(value).replace("|", "\\|")
     if name == "top1":
         return f"{value:.2%}"
+    if name == "perplexity":
+        return f"{value:,.2f}"
     if name in ("memory", "bytes") or name.endswith("_bytes"):
         return f"{value / 2**20:,.1f} MiB"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e6 else f"{value:,.0f}"
