@@ -436,7 +436,7 @@ def test_the_card_says_what_is_in_the_report() -> None:
         "`model.layers.4`, `model.layers.5`",
         "| parameters | 2,828,736 | 1,980,000 | 70.0% |",
         "| memory (weights, and the KV cache of 1 x 4,096 tokens) | 2.0 MiB | 1.0 MiB | 50.0% |",
-        "| perplexity | 15.99 | 29.52 | |",
+        "| perplexity | 15.99 | 29.52 |  |",
         "| KL from the dense model (nats per token) | | 0.6123 | |",
         "| same most likely token as the dense model | | 71.24% | |",
         "Quality was measured on 81,920 tokens of `val_ids.npy`.",
