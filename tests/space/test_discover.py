@@ -223,7 +223,6 @@ def test_tied_parameters_have_one_entry() -> None:
     assert tied.parameters["model.embed_tokens.weight"].aliases == ("lm_head.weight",)
     assert "lm_head.weight" not in tied.parameters
     assert space_of("llama").parameters["model.embed_tokens.weight"].aliases == ()
-    assert tied.embeddings == ("model.embed_tokens.weight",)
 
 
 def test_one_key_value_head() -> None:

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     errors = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - module:function is looked up from where the user stands
+    sys.path.append(os.getcwd())  # noqa: PTH109 - module:function is looked up from where the user stands
     code = 0
     try:
         _run(words)

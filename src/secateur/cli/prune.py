@@ -88,6 +88,8 @@ def run(words: Sequence[str]) -> None:
     check_data(arguments.data, arguments.eval_data)
     ask = _scorer(scoring, has_search=bool(budget.limits))
     model, tokenizer, source = load_model(arguments.model, device=common.device, dtype=common.dtype)
+    if scoring.score == "choice" and tokenizer is None:
+        raise SecateurError(f"--score choice needs a tokenizer, and {arguments.model} has none")
     check_out(arguments.out, overwrite=arguments.overwrite, source=source)
     track = common.track()
     how = {"tokenizer": tokenizer, "seed": common.seed, "track": track, **dataclasses.asdict(reading)}

@@ -41,12 +41,13 @@ def candidates(console: Console, search: Mapping[str, Any]) -> None:
             f"{rank}" + (" chosen" if entry["chosen"] else ""),
             *(str(entry["sizes"][name]) for name in names),
             f"{entry['params']:,.0f}",
+            bytes_text(entry["memory"]),
             f"{entry['expected_kl']:.3f}",
             f"{entry['score']:.4f}",
         )
         for rank, entry in enumerate(found, start=1)
     ]
     better = "higher" if search["higher_is_better"] else "lower"
-    columns = ("rank", *search["kinds"], "parameters", "expected KL", search["score"])
+    columns = ("rank", *search["kinds"], "parameters", "memory", "expected KL", search["score"])
     what = f"{len(rows)} of {search['feasible']:,} architectures within the budget, by expected KL"
     table(console, f"{what}; measured: {search['score']} ({better} is better)", columns, rows)

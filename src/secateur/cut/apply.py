@@ -139,22 +139,28 @@ def _restore_scales(model: nn.Module, new: nn.Module, space: Space, moved: dict[
     scales = {scale.buffer: scale for scale in space.scales}
     for name, old in model.named_buffers():
         current = after.get(str(new_name(name, moved)))
-        if current is None or old.is_meta or current.is_meta or old.shape != current.shape:
+        if current is None or old.is_meta or current.is_meta:
             continue
+        if old.shape != current.shape:
+            return False
         if torch.allclose(old.double(), current.to(old.dtype).double(), rtol=1e-6, atol=0):
             continue
         if name not in scales or old.numel() != 1:
             return False
-        _fold(dict(new.named_parameters()), space, scales[name].embedding, float(old) / float(current))
+        embedding = dict(new.named_parameters())[scales[name].embedding]
+        ratio = float(old.to(embedding.dtype)) / float(current.to(embedding.dtype))  # the model multiplies in its dtype
+        _fold(dict(new.named_parameters()), space, scales[name].embedding, ratio)
     return True
 
 
 @torch.no_grad()
 def _fold(parameters: Mapping[str, nn.Parameter], space: Space, embedding: str, ratio: float) -> None:
-    parameters[embedding].mul_(ratio)
+    table = parameters[embedding]
+    table.copy_(table.float() * ratio if table.dtype.itemsize < 4 else table * ratio)
     if any(reader.parameter == embedding for reader in space.readers):
         last = space.norms[-1]
         if last.weight is None:
             raise SecateurError(f"the norm {last.module} before the tied head has no weight to take a factor")
         weight = parameters[last.weight]
-        weight.copy_((weight + last.weight_offset) / ratio - last.weight_offset)
+        wide = weight.float() if weight.dtype.itemsize < 4 else weight
+        weight.copy_((wide + last.weight_offset) / ratio - last.weight_offset)

@@ -120,6 +120,9 @@ def resized_config(config: Any, before: Sizes, after: Sizes, gone: Sequence[bool
         values[name] = size
         if kind == "heads" and before.kv_groups is None and hasattr(config, "num_key_value_heads"):
             values["num_key_value_heads"] = size
+    ffn = field_of(config, "ffn")
+    if ffn is not None and values.get(ffn, 0) is None:
+        values[ffn] = after.ffn  # GPT-2 derives it from the hidden size where it is not said
     if {"hidden", "heads"} & set(changed) and head_dim is not None and _takes_head_dim(config):
         values["head_dim"] = head_dim
     if "layers" in changed:
@@ -184,9 +187,24 @@ def _takes_head_dim(config: Any) -> bool:
 
 
 def cut_lists(values: Mapping[str, Any], gone: Sequence[bool]) -> dict[str, Any]:
-    """Lists of a config with one entry for each layer (layer_types...), without those of the dropped layers."""
-    return {
-        key: [entry for entry, out in zip(value, gone, strict=True) if not out]
-        for key, value in values.items()
-        if "layer" in key and isinstance(value, list) and len(value) == len(gone)
-    }
+    """Lists of a config that speak of layers, after some are dropped.
+
+    A list with one entry for each layer (layer_types...) loses theirs; a list of layer numbers is renumbered.
+    """
+    kept = [i for i, out in enumerate(gone) if not out]
+    cut: dict[str, Any] = {}
+    for key, value in values.items():
+        if "layer" not in key or not isinstance(value, list) or not value:
+            continue
+        if _are_layer_numbers(value, len(gone)):
+            cut[key] = [kept.index(i) for i in value if i in kept]
+        elif len(value) == len(gone):
+            cut[key] = [value[i] for i in kept]
+    return cut
+
+
+def _are_layer_numbers(value: list[Any], layers: int) -> bool:
+    """Ascending whole numbers below the number of layers, and not one flag of 0 or 1 for each layer."""
+    numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in value)
+    ascending = numbers and value == sorted(set(value)) and value[0] >= 0 and value[-1] < layers
+    return ascending and not (len(value) == layers and set(value) <= {0, 1})

@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,19 +27,29 @@ _SHAPE_ATTRIBUTES: Mapping[str, Mapping[str, int]] = {
     "Conv1D": {"nx": 0, "nf": 1},
 }
 _MOST_TRIALS = 64
+_NUMBERS = ("layer_idx", "layer_index", "layer_id")
+"""Attributes that say which layer a module is in."""
 
 
 class RemovedSublayer(nn.Module):
-    """Stands in for a dropped attention or MLP: adds nothing to the residual stream, has no parameters."""
+    """Stands in for a dropped attention or MLP: adds nothing to the residual stream, has no parameters.
 
-    def __init__(self, output: Any) -> None:
+    A dropped attention still counts positions in the KV cache, with one head of one number (an empty one counts as no
+    position): models ask their first layer how long the past is.
+    """
+
+    def __init__(self, output: Any, layer_idx: int | None = None) -> None:
         """Remember the structure of the output: tensors like the input become zeros, the rest None."""
         super().__init__()
+        self.layer_idx = layer_idx
         self.leaves, self.structure = pytree.tree_flatten(output)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Zeros of the input's shape, where the sub-layer's own result stood."""
-        del args, kwargs
+        cache = next((x for x in (*args, *kwargs.values()) if hasattr(x, "get_seq_length")), None)
+        if cache is not None and self.layer_idx is not None:
+            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(nothing, nothing, self.layer_idx)
         zeros = [torch.zeros_like(hidden_states) if isinstance(x, str) else None for x in self.leaves]
         return pytree.tree_unflatten(zeros, self.structure)
 
@@ -73,12 +83,27 @@ def operate(
     wrong: str | None = None
     for trial in trials:
         for change in trial:
-            for module, attribute, value in change:
-                setattr(new.get_submodule(module), attribute, value)
+            _set(new, change)
         wrong = literal_mismatch(new, plan, space, inputs)
         if wrong is None:
+            _undo_needless(new, dict(zip(choices, trial, strict=True)), plan, space, inputs)
             return new
     raise SecateurError(f"{type(model).__name__} cannot be cut as planned: {wrong}")
+
+
+def _set(new: nn.Module, change: Sequence[tuple[str, str, int]]) -> None:
+    for module, attribute, value in change:
+        setattr(new.get_submodule(module), attribute, value)
+
+
+def _undo_needless(
+    new: nn.Module, changes: Mapping[Any, Any], plan: Plan, space: Space, inputs: Mapping[str, Any] | None
+) -> None:
+    """Give attributes their old value back where the trace is right with it too: they meant something else."""
+    for (_, _, old), change in changes.items():
+        _set(new, [(module, attribute, old) for module, attribute, _ in change])
+        if literal_mismatch(new, plan, space, inputs) is not None:
+            _set(new, change)
 
 
 def _copy(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -112,7 +137,8 @@ def _remove_sublayers(model: nn.Module, new: nn.Module, blocks: list[Block], inp
         structure = outputs[block.name]
         if any(other is not None for other in others):  # attention weights: there are none any more
             structure = (structure[0], *(None for _ in structure[1:]))
-        new.set_submodule(block.name, RemovedSublayer(structure))
+        index = getattr(new.get_submodule(block.name), "layer_idx", None) if block.kind == "attention" else None
+        new.set_submodule(block.name, RemovedSublayer(structure, index))
         for idle in block.idle:
             new.set_submodule(idle, nn.Identity())
 
@@ -129,7 +155,7 @@ def _drop_layers(new: nn.Module, plan: Plan, space: Space) -> None:
         for index, (before, kept_layer) in enumerate(kept):
             for module in kept_layer.modules():
                 for name, value in vars(module).items():
-                    if name in ("layer_idx", "layer_index", "layer_id") and value == before:
+                    if name in _NUMBERS and value == before:
                         setattr(module, name, index)
         new.set_submodule(stack, nn.ModuleList(module for _, module in kept))
         for part in _configs(new):
@@ -189,5 +215,10 @@ def _choices(new: nn.Module, plan: Plan, space: Space) -> dict[Any, list[Any]]:
 def _integers(module: nn.Module, value: int) -> Iterator[str]:
     shape = _SHAPE_ATTRIBUTES.get(type(module).__name__, {})
     for name, found in vars(module).items():
-        if isinstance(found, int) and not isinstance(found, bool) and found == value and name not in shape:
+        if (
+            isinstance(found, int)
+            and not isinstance(found, bool)
+            and found == value
+            and name not in (*shape, *_NUMBERS)
+        ):
             yield name

@@ -362,7 +362,7 @@ def load_metric(spec: str) -> Metric:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and misses one that it needs
+            raise SecateurError(f"metric {spec!r}: {module_name} needs a module {error.name!r}") from error
         raise SecateurError(
             f"metric {spec!r}: no module {error.name!r}; is its folder in PYTHONPATH or the working directory?"
         ) from error
@@ -375,7 +375,10 @@ def load_metric(spec: str) -> Metric:
         raise SecateurError(f"metric {spec!r}: {attribute!r} is {type(function).__name__}, not a function of the model")
 
     def measured(model: nn.Module) -> float:
-        value = function(model)
+        try:
+            value = function(model)
+        except Exception as error:  # whatever the user's own code raises
+            raise SecateurError(f"metric {spec!r} failed: {type(error).__name__}: {error}") from error
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -20,7 +20,7 @@ from secateur.cut import apply
 from secateur.cut.config import Sizes, describes, field_of, kind_of, sizes_of
 from secateur.errors import SecateurError, nearest
 from secateur.load.model import sliding_window
-from secateur.measure.quality import Batch, Metric, kl_metric
+from secateur.measure.quality import Batch, Metric
 from secateur.methods.base import Decision
 from secateur.methods.sensitivity import Ladder, Sensitivity
 from secateur.methods.study import Study
@@ -123,9 +123,9 @@ def _indescribable(study: Study, wanted: Sizes) -> str:
     rule = ""
     if wanted.hidden and wanted.heads and wanted.hidden % wanted.heads:
         rule = f": {wanted.heads} heads do not divide a hidden size of {wanted.hidden}"
-    elif wanted.hidden and wanted.heads and not hasattr(config, "head_dim"):
-        whole = sizes_of(study.space)
-        head_dim = (whole.hidden or 0) // (whole.heads or 1)
+    whole = sizes_of(study.space)
+    head_dim = (whole.hidden or 0) // (whole.heads or 1)
+    if not rule and not hasattr(config, "head_dim") and (wanted.hidden or 0) != head_dim * (wanted.heads or 0):
         rule = f": with a fixed head dimension of {head_dim}, hidden must be {head_dim} x heads"
     return f"dims: {type(config).__name__} cannot describe {shown}{rule}"
 
@@ -141,7 +141,7 @@ def _search(
     sensitivity = study.sensitivity(scores, grid, presorted=presorted)
     loss = sensitivity.loss(study.space, scores, grid.dense)
     best, feasible = search(grid, cost, budget, loss, valid, top_k)
-    metric = score or kl_metric(study.reference)
+    metric = score or Metric("kl", study.kl, higher_is_better=False)
     limits = {m: x.absolute(costs(study.space, Plan(), workload).of(m)) for m, x in budget.limits.items()}
     ranked: list[tuple[Candidate, Plan, float]] = []
     with study.timed("candidates"):
@@ -149,12 +149,14 @@ def _search(
             plan = _plan_of(study.space, candidate, grid, scores, sensitivity)
             exact = costs(study.space, plan, workload)
             if all(exact.of(measure) <= limit for measure, limit in limits.items()):
-                value = metric.function(apply(study.model, plan, space=study.space))
+                own = None if score is None else score.function(apply(study.model, plan, space=study.space))
+                value = study.candidate_kl(plan) if own is None else own
                 ranked.append((Candidate(candidate.sizes, exact, candidate.loss), plan, value))
     if not ranked:
         raise SecateurError("no candidate keeps the budget once layers are counted exactly: allow a greater --top-k")
-    sign = -1.0 if metric.higher_is_better else 1.0
-    chosen = min(ranked, key=lambda entry: (sign * entry[2], entry[0].loss))
+    chosen = ranked[0]
+    for entry in ranked[1:]:  # of equal scores the one of the least expected KL stays
+        chosen = entry if metric.better(entry[2], chosen[2]) else chosen
     table = [
         {
             "sizes": named(_config(study.model), candidate.sizes),

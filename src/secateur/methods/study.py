@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from secateur.choose.cost import UNIFORM_KINDS
+from secateur.choose.plan import Plan
 from secateur.choose.search import Grid
+from secateur.cut import apply
 from secateur.errors import SecateurError
 from secateur.load.model import fingerprint, fingerprint_data
 from secateur.measure.quality import Batch, Reference, compare
@@ -65,6 +67,8 @@ class Study:
             "device": parameter.device.type,
             "secateur": importlib.metadata.version("secateur"),
             "torch": str(torch.__version__),
+            "transformers": importlib.metadata.version("transformers"),
+            "attention": str(getattr(getattr(self.model, "config", None), "_attn_implementation", None)),
         }
 
     @contextmanager
@@ -117,6 +121,15 @@ class Study:
             _, values = self._cached(compute, what="probes", choices=sizes, presorted=presorted)
         ladder = self.depth(scores, grid.dense["layers"] - min(grid.choices["layers"])) if "layers" in sizes else []
         return Sensitivity(values["weight"], ladder)
+
+    def candidate_kl(self, plan: Plan) -> float:
+        """KL of the model that a plan makes."""
+
+        def compute() -> Entry:
+            return {}, {"kl": self.kl(apply(self.model, plan, space=self.space))}
+
+        kept = {name: list(k.units) for name, k in plan.kept.items()}
+        return float(self._cached(compute, what="candidate", kept=kept, dropped=list(plan.dropped))[1]["kl"])
 
     def _cached(self, compute: Any, **parts: Any) -> Entry:
         if self.cache.folder is None:

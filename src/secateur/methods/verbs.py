@@ -28,7 +28,7 @@ from secateur.progress import Track, quiet
 Data = str | Path | torch.Tensor | Iterable[Batch] | None
 """A file, folder or hub id of text or token ids; token rows; batches; None or "self" = sampled from the model."""
 
-_NOT_SHOWN = ("data", "tokenizer", "method", "track")
+_NOT_SHOWN = ("data", "tokenizer", "method", "stored_dtype", "track")
 SEQ_LEN = 2048
 SAMPLES = 1024
 SELF_SAMPLES, SELF_SEQ_LEN = 128, 256
@@ -229,6 +229,7 @@ def report_of(
         "dropped": list(plan.dropped),
         "costs": {
             "params": {"dense": int(whole.params), "pruned": int(rest.params)},
+            "active_params": {"dense": int(whole.active_params), "pruned": int(rest.active_params)},
             "memory": {
                 "dense": int(whole.memory),
                 "pruned": int(rest.memory),

@@ -43,6 +43,7 @@ class _Graph:
 
     def __init__(self, flow: Flow, model: nn.Module) -> None:
         self.flow = flow
+        self.parameters = [name for name, _ in model.named_parameters()]
         modules = model.named_modules()
         self.children = {name: [f"{name}.{child}" for child, _ in module.named_children()] for name, module in modules}
         self.norms = {module for module, _ in flow.norms}
@@ -107,7 +108,7 @@ def _layers_of(graph: _Graph, stack: str, count: int) -> Iterator[Layer]:
     if any(after[0] is not before[1] for before, after in pairwise(ends)):
         return
     for index, (path, (_, result)) in enumerate(zip(paths, ends, strict=True)):
-        own = frozenset(name for name in graph.names.values() if name.startswith(f"{path}."))
+        own = frozenset(name for name in graph.parameters if name.startswith(f"{path}."))
         block = Block(path, "layers", index, stack, own)
         parts = tuple(_sublayers(graph, path, index, stack, result))
         yield Layer(path, graph.dims(result)[-1], (block, *parts))

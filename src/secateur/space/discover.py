@@ -132,7 +132,6 @@ class _Namer:
             parameters=parameters,
             readers=tuple(Reader(r.module, r.parameter, r.in_dim, r.out_dim) for r in self.flow.reads),
             norms=tuple(self._norms()),
-            embeddings=tuple(dict.fromkeys(name for _, name in self.flow.embeddings)),
             caches=tuple(self._caches()),
             frozen=tuple(self._frozen()),
             literals=tuple(SizeLiteral(x.module, x.value, self._size(x.term)) for x in self.flow.literals),
@@ -211,9 +210,11 @@ class _Namer:
 
     def _norms(self) -> Iterator[Norm]:
         weights = norm_weights(self.flow)
+        seen: set[tuple[str, str]] = set()  # a norm written out takes a mean and a variance
         for module, term in self.flow.norms:
             for leaf in leaves(term):
-                if id(leaf) in self.axes:
+                if id(leaf) in self.axes and (module, self.axes[id(leaf)].name) not in seen:
+                    seen.add((module, self.axes[id(leaf)].name))
                     yield Norm(module, self.axes[id(leaf)].name, *weights.get(module, (None, 0.0)))
 
     def _caches(self) -> Iterator[KVCache]:

@@ -70,8 +70,6 @@ class Flow:
     reads: list[Read] = field(default_factory=list)
     norms: list[tuple[str, Term]] = field(default_factory=list)
     """(module, normalised dimension), in graph order."""
-    embeddings: list[tuple[str, str]] = field(default_factory=list)
-    """(module, parameter) of every table look-up."""
     literals: list[Literal] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
     learned: set[fx.Node] = field(default_factory=set)

@@ -364,11 +364,9 @@ def select(_: Flow, node: fx.Node, x: Value, dim: int, __: Any) -> Value:
     return Value((*x.dims[:axis], *x.dims[axis + 1 :]))
 
 
-def embedding(flow: Flow, node: fx.Node, table: Value, indices: Value, *_: Any) -> Value:
+def embedding(_: Flow, node: fx.Node, table: Value, indices: Value, *__: Any) -> Value:
     """A look-up: the indexed dimension is frozen, the rest passes."""
     freeze(table.dims[0], f"{_where(node)}: looked up by number")
-    if table.source is not None:
-        flow.embeddings.append((module_of(node), table.source[0]))
     return Value((*indices.dims, *table.dims[1:]))
 
 

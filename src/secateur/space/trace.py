@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +32,20 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     return {"input_ids": ids, "use_cache": False}
 
 
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Give every module its attributes and buffers back: some forward passes set them (rotary tables of longrope)."""
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
 def export(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ExportedProgram:
     """Trace `model` in eval mode.
 
@@ -42,11 +57,10 @@ def export(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Exporte
         SecateurError: when torch.export cannot follow the forward pass.
     """
     kwargs = dict(example_inputs(model) if inputs is None else inputs)
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # it prints tracebacks of errors that we report
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    silenced = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch prints graphs and tracebacks of errors that we report in a line
     try:
-        with evaluating(model), warnings.catch_warnings(), torch.no_grad():
+        with evaluating(model), _untouched(model), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return torch.export.export(model, (), kwargs, strict=False)
     except Exception as error:  # torch.export raises whatever the user's own code raises
@@ -55,4 +69,4 @@ def export(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Exporte
             f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {first}"
         ) from error
     finally:
-        logger.setLevel(level)
+        logging.disable(silenced)

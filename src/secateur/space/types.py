@@ -166,8 +166,6 @@ class Space:
     parameters: Mapping[str, Parameter]
     readers: tuple[Reader, ...]
     norms: tuple[Norm, ...]
-    embeddings: tuple[str, ...]
-    """Parameters that are looked up by number."""
     caches: tuple[KVCache, ...]
     frozen: tuple[Frozen, ...]
     literals: tuple[SizeLiteral, ...]
