@@ -311,5 +311,5 @@ def test_a_metric_that_misses_a_module_of_its_own_says_so_itself(
 ) -> None:
     (tmp_path / "needy_metrics.py").write_text("import not_installed_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+    with pytest.raises(SecateurError, match="needy_metrics needs a module 'not_installed_anywhere'"):
         load_metric("needy_metrics:score")

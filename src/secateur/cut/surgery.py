@@ -81,12 +81,13 @@ def operate(
     if len(trials) > _MOST_TRIALS:
         raise SecateurError(f"{type(model).__name__}: more than {_MOST_TRIALS} ways to update its attributes")
     wrong: str | None = None
-    for trial in trials:
+    for other_path, trial in itertools.product((False, True), trials):
         for change in trial:
             _set(new, change)
-        wrong = literal_mismatch(new, plan, space, inputs)
+        wrong = literal_mismatch(new, plan, space, inputs, other_path=other_path)
         if wrong is None:
-            _undo_needless(new, dict(zip(choices, trial, strict=True)), plan, space, inputs)
+            if not other_path:
+                _undo_needless(new, dict(zip(choices, trial, strict=True)), plan, space, inputs)
             return new
     raise SecateurError(f"{type(model).__name__} cannot be cut as planned: {wrong}")
 

@@ -64,8 +64,19 @@ def _idle(space: Space, plan: Plan) -> list[str]:
     return [module for block in space.blocks if block.name in plan.dropped for module in block.idle]
 
 
-def literal_mismatch(new: nn.Module, plan: Plan, space: Space, inputs: Mapping[str, Any] | None = None) -> str | None:
-    """As `mismatch`, and every integer that Python code put into the graph."""
+def literal_mismatch(
+    new: nn.Module,
+    plan: Plan,
+    space: Space,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    other_path: bool = False,
+) -> str | None:
+    """As `mismatch`, and every integer that Python code put into the graph.
+
+    Code may take another path where a size has become one (no repeat of a single head): with `other_path`, integers
+    may then be missing, but none may be there that was not predicted.
+    """
     wrong = mismatch(new, plan, space, inputs)
     if wrong is not None:
         return wrong
@@ -73,8 +84,7 @@ def literal_mismatch(new: nn.Module, plan: Plan, space: Space, inputs: Mapping[s
     out = tuple(f"{name}." for name in plan.dropped)
     kept = [x for x in space.literals if not f"{x.module}.".startswith(out or ("\0",))]
     sizes = [(str(new_name(x.module, moved)), int(evaluate(x.size, at))) for x in kept]
-    # A one is not noted, since it may be anything; code may also take another path there (no repeat of one head).
-    expected = [(module, size) for module, size in sizes if size > 1]
+    expected = [(module, size) for module, size in sizes if size > 1]  # a one is not noted, since it may be anything
     found = [(x.module, x.value) for x in discover(new, inputs).literals]
-    shorter = len(expected) < len(sizes) and not Counter(found) - Counter(expected)
+    shorter = other_path and len(expected) < len(sizes) and not Counter(found) - Counter(expected)
     return None if found == expected or shorter else "sizes in its Python code do not follow the cut"
