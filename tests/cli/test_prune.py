@@ -1,6 +1,7 @@
 """``secateur prune`` from a folder to a folder: what is said, what is written, what is kept."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cli_models import save_model, write_data
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from secateur.choose.plan import Plan
 from secateur.cli import main
@@ -249,3 +250,13 @@ def test_our_fault_leaves_nothing(
     assert prune(work, tmp_path / "deep/out", *EXACT) == 1
     assert "our fault" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_without_a_place_are_named(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(work / "dense", tmp_path / "dense")
+    weights = tmp_path / "dense" / "model.safetensors"
+    save_file({**load_file(weights), "model.extra.weight": torch.zeros(3)}, weights, metadata={"format": "pt"})
+    words = ["prune", str(tmp_path / "dense"), "--out", str(tmp_path / "out"), "--data", str(work / "data/ids.npy")]
+    assert main([*words, *EXACT]) == 0
+    assert "left out: 1 tensors of the checkpoint" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/report.json").read_text())["unused_tensors"] == ["model.extra.weight"]

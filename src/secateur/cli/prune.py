@@ -102,6 +102,8 @@ def run(words: Sequence[str]) -> None:
         **options,
     )  # fmt: skip
     report = {**result.report, "data": {"calibration": arguments.data, "evaluation": arguments.eval_data}}
+    if source.unused:
+        report["unused_tensors"] = list(source.unused)
     report["options"] = {**report["options"], **_shown(common, reading)}
     if common.dtype is not None and source.dtype is not None:
         for parameter in result.model.parameters():  # buffers keep the precision that stock loading gives them
@@ -180,6 +182,9 @@ def _draw(console: Console, report: dict[str, Any], out: Path) -> None:
         rows.append(("KL to the dense model", "0", f"{found['kl']:.3f}", ""))
         rows.append(("top-1 agreement", "100%", f"{100 * found['top1']:.1f}%", ""))
     tables.table(console, "What was cut, and what it cost", ("", "dense", "pruned", "share"), rows)
+    if "unused_tensors" in report:
+        first, count = report["unused_tensors"][0], len(report["unused_tensors"])
+        console.print(f"left out: {count} tensors of the checkpoint that the model has no place for, such as {first}")
     if report["dropped"]:
         console.print(f"dropped: {', '.join(report['dropped'])}")
     console.print("Nothing was trained after the cut: distilling or fine-tuning will win much of the loss back.")
