@@ -82,6 +82,9 @@ def operate(
         raise SecateurError(f"{type(model).__name__}: more than {_MOST_TRIALS} ways to update its attributes")
     wrong: str | None = None
     for other_path, trial in itertools.product((False, True), trials):
+        for (_, _, old), meanings in choices.items():  # nothing of the trial before stays
+            for change in meanings:
+                _set(new, [(module, attribute, old) for module, attribute, _ in change])
         for change in trial:
             _set(new, change)
         wrong = literal_mismatch(new, plan, space, inputs, other_path=other_path)

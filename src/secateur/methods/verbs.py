@@ -107,6 +107,10 @@ def batches_of(
     return list(torch.split(tokens, batch_size))
 
 
+_LOADING = tuple(name for name in inspect.signature(batches_of).parameters if name not in ("model", "data", "track"))
+"""Options of the verbs that say how data is read."""
+
+
 def budget_of(budget: Budget | str | Sequence[str] | Mapping[str, int]) -> Budget:
     """A budget from any of the forms that a user may write it in: ``"params=70%"``, or a mapping of exact dims."""
     if isinstance(budget, Budget):
@@ -120,11 +124,6 @@ def decide(
     *,
     method: str = "minitron",
     data: Data = None,
-    tokenizer: Tokenizer | None = None,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
     track: Track = quiet,
     **options: Any,
 ) -> Decision:
@@ -133,11 +132,11 @@ def decide(
         raise SecateurError(f"there is no method {method!r}{nearest(method, METHODS)}")
     known = [name for name, p in inspect.signature(METHODS[method]).parameters.items() if p.kind is p.KEYWORD_ONLY]
     for name in options:
-        if name not in known:
-            raise SecateurError(f"{method} has no option {name!r}{nearest(name, known)}")
+        if name not in known and name not in _LOADING:
+            raise SecateurError(f"{method} has no option {name!r}{nearest(name, [*known, *_LOADING])}")
     parsed = budget_of(budget)
-    loading = {"tokenizer": tokenizer, "samples": samples, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
-    rows = batches_of(model, data, track=track, **loading)  # type: ignore[arg-type]
+    loading = {name: options.pop(name) for name in _LOADING if name in options}
+    rows = batches_of(model, data, track=track, **loading)
     return METHODS[method](model, parsed, rows, track=track, **options)
 
 
@@ -147,8 +146,7 @@ def plan(model: nn.Module, budget: Budget | str | Sequence[str] | Mapping[str, i
     Args:
         model: the dense model.
         budget: ``"params=70%"``, several limits, a `Budget`, or a mapping of exact dims.
-        options: `method`, `data`, `tokenizer`, `samples`, `seq_len`, `batch_size`, `seed`, `track`, and the options
-            of the method.
+        options: `method`, `data`, `track`, how data is read (see `batches_of`), and the options of the method.
 
     Raises:
         SecateurError: for bad input; see the method.
@@ -179,7 +177,7 @@ def prune(
         SecateurError: for bad input.
     """
     begin = time.perf_counter()
-    loading = {k: options[k] for k in ("tokenizer", "seq_len", "batch_size", "seed") if k in options}
+    loading = {name: options[name] for name in _LOADING if name in options and name != "samples"}
     held_out = None if eval_data is None else batches_of(model, eval_data, track=track, **loading)
     parsed = budget_of(budget)
     decision = decide(model, parsed, track=track, **options)
@@ -261,29 +259,27 @@ def _plain(value: Any) -> Any:
 
 
 def evaluate(
-    model: nn.Module,
-    data: Data,
-    *,
-    against: nn.Module | None = None,
-    tokenizer: Tokenizer | None = None,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    track: Track = quiet,
+    model: nn.Module, data: Data, *, against: nn.Module | None = None, track: Track = quiet, **loading: Any
 ) -> dict[str, float]:
     """Perplexity on the data, and against a dense model its perplexity, the KL to it and the top-1 agreement.
+
+    Args:
+        model: what to measure.
+        data: see `Data`.
+        against: the dense model.
+        track: shows progress.
+        loading: how data is read: `tokenizer`, `samples`, `seq_len`... (see `batches_of`).
 
     Returns:
         ``perplexity``; with `against` also ``dense_perplexity``, ``kl`` (nats per token), ``top1`` (share), ``tokens``.
 
     Raises:
-        SecateurError: for bad data, or two models with different vocabularies.
+        SecateurError: for bad data or an unknown option.
     """
-    rows = batches_of(
-        against if against is not None else model, data, tokenizer=tokenizer, samples=samples, seq_len=seq_len,
-        batch_size=batch_size, seed=seed, track=track,
-    )  # fmt: skip
+    for name in loading:
+        if name not in _LOADING:
+            raise SecateurError(f"evaluate has no option {name!r}{nearest(name, _LOADING)}")
+    rows = batches_of(against if against is not None else model, data, track=track, **loading)
     if against is None:
         return {"perplexity": perplexity(model, rows, track)}
     found = compare(model, Reference(against, rows, track=track), track)
