@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test demo clean
+.PHONY: help venv test zoo demo clean
 
 help:  ## say what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 12
@@ -27,6 +27,11 @@ test: $(STAMP)  ## lint, format, types and tests: all that must be green
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+zoo: $(STAMP)  ## cut every architecture and compare with the oracle; writes out/zoo.json and docs/architectures.md
+	@mkdir -p out
+	$(BIN)/python tests/zoo/run.py --jobs 2 --out out/zoo.json; code=$$?; \
+		$(BIN)/python tests/zoo/document.py out/zoo.json; exit $$code
 
 demo: $(STAMP)  ## prune the bundled language model to 70% of its parameters
 	$(BIN)/secateur prune $(MODEL) --out out/pydoc-llama-70 --method minitron --budget params=70% \

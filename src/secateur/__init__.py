@@ -2,9 +2,9 @@
 
 from secateur.choose import Budget, Plan, diff
 from secateur.cut import apply
+from secateur.cut.prove import discover
 from secateur.errors import SecateurError
 from secateur.methods.verbs import evaluate, plan, prune
 from secateur.ship import load, save
-from secateur.space import discover
 
 __all__ = ["Budget", "Plan", "SecateurError", "apply", "diff", "discover", "evaluate", "load", "plan", "prune", "save"]

@@ -257,7 +257,7 @@ def test_out_is_checked_before_the_model_is_loaded(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("secateur.cli.prune.load_model", never)
+    monkeypatch.setattr("secateur.cli.prune.open_model", never)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").touch()
     assert "exists already" in refused(*EXACT, out=str(tmp_path / "full"))

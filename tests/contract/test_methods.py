@@ -31,7 +31,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 SHARE = 0.85
 QUICK: dict[str, dict[str, Any]] = {
-    "minitron": {"top_k": 2, "score_samples": 2, "divisors": {"hidden": 12, "layers": 1}, "max_depth_cut": 0.0}
+    "minitron": {"top_k": 2, "score_samples": 2, "divisors": {"hidden": 12, "layers": 1}, "max_depth_cut": 0.0},
+    "structural": {"only": ("ffn",), "round_to": 8},
 }
 """Options that keep a method quick; a method that is not here is run with its defaults."""
 

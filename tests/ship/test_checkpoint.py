@@ -21,7 +21,8 @@ from secateur.cut import apply
 from secateur.errors import SecateurError
 from secateur.load.model import Source, fingerprint, load_model, meta_model, quiet_transformers
 from secateur.ship import load, save
-from secateur.ship.checkpoint import check_out, check_stock, model_card
+from secateur.ship.card import model_card
+from secateur.ship.checkpoint import check_out, why_not_stock
 from secateur.space import discover
 
 SIZES = {
@@ -196,50 +197,46 @@ def test_saving_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert capfd.readouterr() == ("", "")
 
 
-# What stock transformers cannot describe
+# What stock transformers cannot describe; `test_modeling` and `test_built` load it again
 
 
-def test_layers_of_different_sizes_are_refused(tmp_path: Path) -> None:
-    model = llama()
-    space = discover(model)
-    axis = space.of_kind("ffn")[1]
-    pruned = apply(model, Plan({axis.name: Kept("ffn", 48, tuple(range(30)))}), space=space)
-    with pytest.raises(SecateurError) as caught:
-        save(pruned, tmp_path / "new/out")
-    assert str(caught.value) == (
+def test_what_is_stock_has_no_modeling_file(tmp_path: Path) -> None:
+    model, _ = cut(llama())
+    assert why_not_stock(model) is None
+    save(model, tmp_path / "out")
+    assert names(tmp_path / "out") == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_why_a_result_is_not_stock() -> None:
+    dense = llama()
+    axis = discover(dense).of_kind("ffn")[1]
+    uneven = apply(dense, Plan({axis.name: Kept("ffn", 48, tuple(range(30)))}))
+    assert why_not_stock(uneven) == (
         "stock transformers cannot describe this result: model.layers.1.mlp.gate_proj.weight is [30, 32] in the model, "
-        "and [48, 32] in a LlamaForCausalLM of its config; cut every layer to the same sizes"
+        "and [48, 32] in a LlamaForCausalLM of its config"
     )
-    assert names(tmp_path) == set()
-
-
-def test_dropped_sub_layers_are_refused() -> None:
-    model = llama()
-    plan = Plan(dropped=("model.layers.1.self_attn",))
-    pruned = apply(model, plan)
-    with pytest.raises(SecateurError, match=r"model\.layers\.1\.\S+ is not there in the model, and \[32") as caught:
-        check_stock(pruned, plan)
-    assert str(caught.value).endswith("drop whole layers instead of model.layers.1.self_attn")
-
-
-def test_gpt2_with_a_hidden_size_that_is_no_multiple_of_its_heads_is_refused() -> None:
-    model = gpt2()
-    model.config.n_embd = 30
+    dropped = apply(dense, Plan(dropped=("model.layers.1.self_attn",)))
+    assert re.search(r"model\.layers\.1\.\S+ is not there in the model, and \[32", str(why_not_stock(dropped)))
+    other = gpt2()
+    other.config.n_embd = 30
     expected = r"cannot describe this result: GPT2LMHeadModel rejects its config \(.*divisible by num_heads"
-    with pytest.raises(SecateurError, match=expected):
-        check_stock(model)
+    assert re.search(expected, str(why_not_stock(other)))
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
     class Mine(LlamaForCausalLM):  # type: ignore[misc]
         pass
 
-    with pytest.raises(SecateurError, match=r"Linear is no Hugging Face model.*use torch\.save"):
+    wrong = gpt2()
+    wrong.config.n_embd = 30
+    with pytest.raises(SecateurError, match=r"Linear is no Hugging Face model; .*constructor='module:callable'"):
         save(nn.Linear(2, 2), tmp_path / "out")
     with pytest.raises(SecateurError, match="stock transformers does not know Mine"):
         save(Mine(LlamaConfig(**SIZES)), tmp_path / "out")
     with pytest.raises(SecateurError, match="is on the meta device"):
         save(meta_model(BUNDLED), tmp_path / "out")
+    with pytest.raises(SecateurError, match="GPT2LMHeadModel rejects the config of the dense model"):
+        save(wrong, tmp_path / "out")
     assert names(tmp_path) == set()
 
 

@@ -1,7 +1,7 @@
-"""Analytic costs of a model as functions of its axis lengths: parameters, bytes, KV cache."""
+"""Analytic costs of a model as functions of its axis lengths: parameters, bytes, KV cache, multiply-accumulates."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -49,6 +49,13 @@ class Costs:
     active_params: float
     memory: float
     """Bytes of the weights and of the KV cache."""
+    macs: float
+    """Multiply-accumulates of convolutions, matrix products and attention, for one sample of the example inputs."""
+
+    @property
+    def flops(self) -> float:
+        """Two for each multiply-accumulate."""
+        return 2 * self.macs
 
     def of(self, measure: str) -> float:
         """The cost by the budget's name for it."""
@@ -70,23 +77,43 @@ def gone_parameters(space: Space, plan: Plan) -> set[str]:
     return {name for block in space.blocks if block.name in gone for name in block.parameters}
 
 
-def costs(space: Space, plan: Plan, workload: Workload | None = None) -> Costs:
-    """Exact costs of the model that the plan gives; tied parameters count once."""
+def polynomials(
+    space: Space, workload: Workload | None = None, dropped: Sequence[str] = ()
+) -> Mapping[str, Polynomial]:
+    """What a model costs, by measure, as polynomials in the lengths of its axes; tied parameters count once.
+
+    Dropped blocks take their parameters, caches and work along. `macs` are those of one sample: all work on the example
+    inputs, divided by their batch.
+    """
     workload = workload or Workload()
-    at = lengths(space, plan)
-    gone = gone_parameters(space, plan)
-    params = bytes_ = 0.0
+    gone = gone_parameters(space, Plan(dropped=tuple(dropped)))
+    out = tuple(f"{name}." for name in dropped) or ("\0",)
+    total: dict[str, dict[tuple[str, ...], float]] = {m: defaultdict(float) for m in ("params", "memory", "macs")}
+
+    def add(measure: str, size: Polynomial, factor: float) -> None:
+        for names, coefficient in size.items():
+            total[measure][names] += coefficient * factor
+
     for parameter in space.parameters.values():
         if parameter.name not in gone:
-            count = evaluate(parameter.size, at)
-            params += count
-            bytes_ += count * workload.itemsize(parameter.dtype)
-    dropped = tuple(f"{name}." for name in plan.dropped)
+            add("params", parameter.size, 1)
+            add("memory", parameter.size, workload.itemsize(parameter.dtype))
     for cache in space.caches:
-        if not f"{cache.module}.".startswith(dropped or ("\0",)):
-            elements = evaluate(cache.size, at) * workload.batch * workload.positions(cache.module)
-            bytes_ += elements * workload.itemsize(_cache_dtype(space))
-    return Costs(params, params, bytes_)
+        if not f"{cache.module}.".startswith(out):
+            per_position = workload.batch * workload.itemsize(_cache_dtype(space))
+            add("memory", cache.size, per_position * workload.positions(cache.module))
+    for work in space.work:
+        if not f"{work.module}.".startswith(out):
+            add("macs", work.macs, 1)
+    total["macs"] = {names: count / space.batch for names, count in total["macs"].items()}
+    return _plain(total)
+
+
+def costs(space: Space, plan: Plan, workload: Workload | None = None) -> Costs:
+    """Exact costs of the model that the plan gives; see `polynomials`."""
+    at = lengths(space, plan)
+    found = {m: evaluate(size, at) for m, size in polynomials(space, workload, plan.dropped).items()}
+    return Costs(found["params"], found["params"], found["memory"], found["macs"])
 
 
 def _cache_dtype(space: Space) -> torch.dtype:
@@ -108,7 +135,7 @@ class UniformCost:
     def __call__(self, sizes: Mapping[str, float], layers: float) -> Costs:
         """Costs at `sizes` (kind -> length; heads counts those of one KV group) and a number of layers."""
         total = {m: evaluate(self.fixed[m], sizes) + layers * evaluate(self.per_layer[m], sizes) for m in self.fixed}
-        return Costs(total["params"], total["params"], total["memory"])
+        return Costs(total["params"], total["params"], total["memory"], total.get("macs", 0.0))
 
 
 def uniform_cost(space: Space, workload: Workload) -> UniformCost:
@@ -116,8 +143,8 @@ def uniform_cost(space: Space, workload: Workload) -> UniformCost:
     kind = {axis.name: axis.kind for axis in space.axes if axis.kind in UNIFORM_KINDS}
     whole = {axis.name: axis.per_group for axis in space.axes}
     layers = {block.name for block in space.layers()}
-    fixed: dict[str, dict[tuple[str, ...], float]] = {m: defaultdict(float) for m in ("params", "memory")}
-    layered: dict[str, dict[tuple[str, ...], float]] = {m: defaultdict(float) for m in ("params", "memory")}
+    fixed: dict[str, dict[tuple[str, ...], float]] = {m: defaultdict(float) for m in ("params", "memory", "macs")}
+    layered: dict[str, dict[tuple[str, ...], float]] = {m: defaultdict(float) for m in fixed}
 
     def add(measure: str, block: str | None, size: Polynomial, factor: float) -> None:
         inside = block in layers
@@ -133,6 +160,8 @@ def uniform_cost(space: Space, workload: Workload) -> UniformCost:
     for cache in space.caches:
         per_position = workload.batch * workload.itemsize(_cache_dtype(space))
         add("memory", cache.block, cache.size, per_position * workload.positions(cache.module))
+    for work in space.work:
+        add("macs", work.block, work.macs, 1 / space.batch)
     return UniformCost(_plain(fixed), _plain(layered))
 
 

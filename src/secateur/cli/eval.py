@@ -1,4 +1,4 @@
-"""``secateur eval MODEL [--against DENSE]``: perplexity, KL to the dense model, top-1 agreement."""
+"""``secateur eval MODEL [--against DENSE]``: perplexity or accuracy, distance from the dense model."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,10 +7,11 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from secateur.cli.options import Common, Group, Reading, check_data, parse
+from secateur.cli.models import Making, batches_from, check_sources, is_constructor, open_model
+from secateur.cli.options import Common, Group, Reading, parse
 from secateur.cli.tables import table
 from secateur.errors import SecateurError
-from secateur.load.model import load_model
+from secateur.load.batches import size_of
 from secateur.methods.verbs import batches_of, evaluate
 
 
@@ -19,11 +20,14 @@ class Arguments:
     """Measure a model, and what it lost against the dense one."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Folder or hub id of a Hugging Face language model."""
+    """Folder or hub id of a Hugging Face language model; a folder that was saved with a constructor; or
+    module:callable that builds any model."""
     data: str
-    """.txt, .jsonl, .parquet, .npy token ids, a folder of them, or a hub id of a data set."""
+    """.txt, .jsonl, .parquet, .npy token ids, a folder of them, a hub id of a data set; or module:function that returns
+    batches: (inputs, class numbers) for a classifier."""
     against: str | None = None
     """The dense model to compare with."""
+    making: Annotated[Making, Group] = dataclasses.field(default_factory=Making)
     reading: Annotated[Reading, Group] = dataclasses.field(default_factory=Reading)
     common: Annotated[Common, Group] = dataclasses.field(default_factory=Common)
 
@@ -34,12 +38,19 @@ def run(words: Sequence[str]) -> None:
     common, reading = arguments.common, arguments.reading
     if arguments.data == "self":
         raise SecateurError("--data self would measure a model on its own words: give held-out data")
-    check_data(arguments.data)
-    model, tokenizer, _ = load_model(arguments.model, device=common.device, dtype=common.dtype)
+    check_sources(arguments.model, data=arguments.data)
+    built = [is_constructor(name) for name in (arguments.model, arguments.against or "")]
+    if sum(built) > 1:
+        raise SecateurError("MODEL and --against are both module:callable, and --weights can only be those of one")
+    plain = Making()
+    model, tokenizer, _ = open_model(
+        arguments.model, plain if built[1] else arguments.making, device=common.device, dtype=common.dtype
+    )
     dense = None
     if arguments.against is not None:
-        dense, tokenizer, _ = load_model(arguments.against, device=common.device, dtype=common.dtype)
-        small, large = (int(getattr(m.config, "vocab_size")) for m in (model, dense))  # noqa: B009 - typed as Module
+        making = arguments.making if built[1] else plain
+        dense, tokenizer, _ = open_model(arguments.against, making, device=common.device, dtype=common.dtype)
+        small, large = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (model, dense))
         if small != large:
             raise SecateurError(
                 f"{arguments.model} has {small} tokens in its vocabulary, {arguments.against} has {large}: "
@@ -48,16 +59,26 @@ def run(words: Sequence[str]) -> None:
     track = common.track()
     rows = batches_of(
         dense or model,
-        arguments.data,
+        batches_from(arguments.data, "--data"),
         tokenizer=tokenizer,
         seed=common.seed,
         track=track,
         **dataclasses.asdict(reading),
     )
-    found = {"model": arguments.model, "data": arguments.data, "rows": sum(len(r) for r in rows)}
+    found = {"model": arguments.model, "data": arguments.data, "rows": sum(map(size_of, rows))}
     found |= evaluate(model, rows, against=dense, track=track)
 
     def draw(console: Console) -> None:
+        if "accuracy" in found:
+            lines = [("accuracy", f"{100 * float(found['accuracy']):.2f}%"), ("loss", f"{found['loss']:.4f}")]
+            if dense is not None:
+                lines += [
+                    ("accuracy of the dense model", f"{100 * float(found['dense_accuracy']):.2f}%"),
+                    ("loss of the dense model", f"{found['dense_loss']:.4f}"),
+                    ("top-1 agreement", f"{100 * float(found['top1']):.2f}%"),
+                ]
+            table(console, f"{arguments.model} on {arguments.data}, {found['rows']} samples", ("", "value"), lines)
+            return
         lines = [("perplexity", f"{found['perplexity']:.3f}")]
         if dense is not None:
             lines = [

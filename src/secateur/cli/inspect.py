@@ -9,10 +9,11 @@ import tyro
 from rich.console import Console
 
 from secateur.choose import Plan, Workload, costs
-from secateur.cli.options import Common, parse
+from secateur.cli.models import Making, inputs_of, open_model
+from secateur.cli.options import Common, Group, parse
 from secateur.cli.tables import bytes_text, table
 from secateur.cut.config import FIELDS, field_of
-from secateur.load.model import meta_model, sliding_window
+from secateur.load.model import sliding_window
 from secateur.space import Space, discover
 
 
@@ -21,7 +22,7 @@ class Arguments:
     """Show what can be cut of a model, and what is frozen and why. No weight is read."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Folder or hub id of a Hugging Face language model."""
+    """Folder or hub id of a Hugging Face model, or module:callable that builds any model."""
     axes: bool = False
     """List every axis, not just the kinds."""
     kv_batch: int = 1
@@ -30,17 +31,18 @@ class Arguments:
     """Positions of each."""
     json: bool = False
     """Print one JSON object and nothing else."""
+    making: Annotated[Making, Group] = dataclasses.field(default_factory=Making)
 
 
 def run(words: Sequence[str]) -> None:
     """Run the verb."""
     arguments = parse(Arguments, "inspect", words)
-    model = meta_model(arguments.model)
-    space = discover(model)
-    window = sliding_window(model.config)
+    model, _, _ = open_model(arguments.model, arguments.making, weights=False)
+    space = discover(model, inputs_of(model, arguments.making, arguments.model))
+    window = sliding_window(getattr(model, "config", None))
     whole = costs(space, Plan(), Workload(arguments.kv_batch, arguments.kv_seq_len, window))
     values = _values(space, model, arguments)
-    values["costs"] = {"params": int(whole.params), "memory": int(whole.memory)}
+    values["costs"] = {"params": int(whole.params), "memory": int(whole.memory), "macs": int(whole.macs)}
     Common(json=arguments.json).show(values, lambda console: _draw(console, values, arguments))
 
 
@@ -49,7 +51,7 @@ def _values(space: Space, model: Any, arguments: Arguments) -> dict[str, Any]:
     for kind in space.kinds():
         axes, blocks = space.of_kind(kind), [b for b in space.blocks if b.kind == kind]
         sizes = sorted({axis.size for axis in axes}) or [len(blocks)]
-        name = field_of(model.config, kind) if kind in FIELDS else None
+        name = field_of(getattr(model, "config", None), kind) if kind in FIELDS else None
         groups = sorted({axis.groups for axis in axes})
         entry = {"kind": kind, "config": name, "axes": len(axes) or 1, "sizes": sizes, "groups": groups}
         kinds.append(entry)
@@ -74,10 +76,9 @@ def _values(space: Space, model: Any, arguments: Arguments) -> dict[str, Any]:
 
 def _draw(console: Console, values: dict[str, Any], arguments: Arguments) -> None:
     cost = values["costs"]
-    cache = f"KV cache of {arguments.kv_batch} x {arguments.kv_seq_len} positions"
-    console.print(
-        f"{values['class']}: {cost['params']:,} parameters; weights and {cache}: {bytes_text(cost['memory'])}"
-    )
+    held = f"weights and KV cache of {arguments.kv_batch} x {arguments.kv_seq_len} positions"
+    console.print(f"{values['class']}: {cost['params']:,} parameters; {held}: {bytes_text(cost['memory'])}")
+    console.print(f"one sample of the example inputs: {cost['macs']:,} multiply-accumulates")
     rows = []
     for entry in values["kinds"]:
         sizes = ", ".join(map(str, entry["sizes"]))

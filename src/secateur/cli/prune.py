@@ -1,6 +1,7 @@
 """``secateur prune MODEL --out DIR --budget params=70%``: cut a model and save the smaller one."""
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,15 +12,16 @@ from rich.console import Console
 
 from secateur.choose import Budget
 from secateur.cli import tables
-from secateur.cli.options import Common, Group, Reading, check_data, method_options, parse
+from secateur.cli.models import Making, batches_from, check_sources, inputs_of, is_constructor, open_model
+from secateur.cli.options import Common, Group, Reading, method_options, parse
 from secateur.errors import SecateurError, nearest
-from secateur.load.model import load_model
+from secateur.load.functions import find_function
 from secateur.measure.choice import load_questions
 from secateur.measure.quality import choice_metric, load_metric, perplexity_metric
 from secateur.methods import METHODS
-from secateur.methods.verbs import batches_of, prune
+from secateur.methods.verbs import batches_of, needs_data, prune
 from secateur.ship import save
-from secateur.ship.checkpoint import check_out
+from secateur.ship.checkpoint import check_out, why_not_stock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Arguments:
     """Cut a model to a budget and save the smaller one, with a report of what it cost."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Folder or hub id of a Hugging Face language model."""
+    """Folder or hub id of a Hugging Face model, or module:callable that builds any model."""
     out: Path
     """Folder to write; it appears whole or not at all."""
     budget: tuple[str, ...] = ()
@@ -50,13 +52,16 @@ class Arguments:
     """Exact sizes in place of a budget, as JSON: '{"hidden_size": 192, "num_hidden_layers": 7}'."""
     method: str = "minitron"
     """The algorithm."""
-    data: str = "self"
-    """Calibration data: .txt, .jsonl, .parquet, .npy token ids, a folder of them, a hub id, or self (written by
-    the model)."""
+    data: str | None = None
+    """Calibration data: .txt, .jsonl, .parquet, .npy token ids, a folder of them, a hub id, self (written by
+    the model), or module:function that returns batches. Minitron takes self where nothing is given."""
     eval_data: str | None = None
     """Held-out data to measure the model on before and after; nothing is measured without."""
     overwrite: bool = False
     """Replace an existing result in --out."""
+    loss: str | None = None
+    """module:function that is called with (model, batch) and returns the loss, for criteria with gradients."""
+    making: Annotated[Making, Group] = dataclasses.field(default_factory=Making)
     reading: Annotated[Reading, Group] = dataclasses.field(default_factory=Reading)
     scoring: Annotated[Scoring, Group] = dataclasses.field(default_factory=Scoring)
     common: Annotated[Common, Group] = dataclasses.field(default_factory=Common)
@@ -65,7 +70,9 @@ class Arguments:
 def run(words: Sequence[str]) -> None:
     """Run the verb."""
     method = _method(words)
-    options_class = method_options(METHODS[method], without=("score", "stored_dtype", "track"))
+    taken = inspect.signature(METHODS[method]).parameters
+    without = ("score", "stored_dtype", "track", "inputs", "loss", "seed")
+    options_class = method_options(METHODS[method], without=without)
     whole = dataclasses.make_dataclass(
         "Whole",
         [
@@ -79,40 +86,76 @@ def run(words: Sequence[str]) -> None:
     arguments: Arguments = parsed.arguments
     options = {f.name: getattr(parsed.options, f.name) for f in dataclasses.fields(parsed.options)}
     common, reading, scoring = arguments.common, arguments.reading, arguments.scoring
+    budget = _check(arguments, method)
+    ask = _scorer(scoring, has_search=bool(budget.limits))
+    model, tokenizer, source = open_model(arguments.model, arguments.making, device=common.device, dtype=common.dtype)
+    if source is None and not is_constructor(arguments.model):
+        raise SecateurError(
+            f"{arguments.model} was saved with a constructor: give that, and its weights with --weights"
+        )
+    inputs = inputs_of(model, arguments.making, arguments.model)
+    if scoring.score == "choice" and tokenizer is None:
+        raise SecateurError(f"--score choice needs a tokenizer, and {arguments.model} has none")
+    check_out(arguments.out, overwrite=arguments.overwrite, source=source)
+    track = common.track()
+    how = {"tokenizer": tokenizer, "seed": common.seed, "track": track, **dataclasses.asdict(reading)}
+    used = arguments.data or ("self" if needs_data(method) else None)
+    rows = None if used is None else batches_of(model, batches_from(used, "--data"), **how)
+    given = batches_from(arguments.eval_data, "--eval-data")
+    held_out = None if given is None else batches_of(model, given, **how)
+    if ask is not None:
+        options["score"] = ask(model, tokenizer, rows or [], int(options.get("score_samples", 64)))
+    if arguments.loss is not None:
+        options["loss"] = find_function(arguments.loss, "--loss", "my_training:loss")
+    if "seed" in taken:
+        options["seed"] = common.seed
+    result = prune(
+        model, budget, method=method, data=rows, eval_data=held_out, inputs=inputs, name=arguments.model, track=track,
+        stored_dtype=None if source is None else source.dtype, **options,
+    )  # fmt: skip
+    report = {**result.report, "data": {"calibration": used, "evaluation": arguments.eval_data}}
+    if source is not None and source.unused:
+        report["unused_tensors"] = list(source.unused)
+    report["options"] = {**report["options"], **_shown(arguments)}
+    if common.dtype is not None and source is not None and source.dtype is not None:
+        for parameter in result.model.parameters():  # buffers keep the precision that stock loading gives them
+            parameter.data = parameter.data.to(source.dtype)
+    built: dict[str, Any] = (
+        {"constructor": arguments.model, "arguments": arguments.making.arguments} if source is None else {}
+    )
+    save(
+        result.model, arguments.out, plan=result.plan, source=source, tokenizer=tokenizer, report=report,
+        overwrite=arguments.overwrite, **built,
+    )  # fmt: skip
+    how_to_load = _loading(result.model, constructed=source is None)
+    common.show(
+        {"out": str(arguments.out), **report}, lambda console: _draw(console, report, arguments.out, how_to_load)
+    )
+
+
+def _check(arguments: Arguments, method: str) -> Budget:
+    """The budget; raise SecateurError at once for what cannot be, before a model is loaded."""
     check_out(arguments.out, overwrite=arguments.overwrite)
     budget = Budget.parse(arguments.budget, arguments.dims)
     if bool(arguments.budget) == (arguments.dims is not None):
         raise SecateurError("give either --budget, such as params=70%, or exact --dims")
     if arguments.eval_data == "self":
         raise SecateurError("--eval-data self would measure the model on its own words: give held-out data")
-    check_data(arguments.data, arguments.eval_data)
-    ask = _scorer(scoring, has_search=bool(budget.limits))
-    model, tokenizer, source = load_model(arguments.model, device=common.device, dtype=common.dtype)
-    if scoring.score == "choice" and tokenizer is None:
-        raise SecateurError(f"--score choice needs a tokenizer, and {arguments.model} has none")
-    check_out(arguments.out, overwrite=arguments.overwrite, source=source)
-    track = common.track()
-    how = {"tokenizer": tokenizer, "seed": common.seed, "track": track, **dataclasses.asdict(reading)}
-    rows = batches_of(model, arguments.data, **how)
-    held_out = None if arguments.eval_data is None else batches_of(model, arguments.eval_data, **how)
-    score = None if ask is None else ask(model, tokenizer, rows, int(options.get("score_samples", 64)))
-    result = prune(
-        model, budget, method=method, data=rows, eval_data=held_out, name=arguments.model, track=track, score=score,
-        stored_dtype=source.dtype,
-        **options,
-    )  # fmt: skip
-    report = {**result.report, "data": {"calibration": arguments.data, "evaluation": arguments.eval_data}}
-    if source.unused:
-        report["unused_tensors"] = list(source.unused)
-    report["options"] = {**report["options"], **_shown(common, reading)}
-    if common.dtype is not None and source.dtype is not None:
-        for parameter in result.model.parameters():  # buffers keep the precision that stock loading gives them
-            parameter.data = parameter.data.to(source.dtype)
-    save(
-        result.model, arguments.out, plan=result.plan, source=source, tokenizer=tokenizer, report=report,
-        overwrite=arguments.overwrite,
-    )  # fmt: skip
-    common.show({"out": str(arguments.out), **report}, lambda console: _draw(console, report, arguments.out))
+    check_sources(arguments.model, data=arguments.data, eval_data=arguments.eval_data)
+    taken = inspect.signature(METHODS[method]).parameters
+    if arguments.loss is not None and "loss" not in taken:
+        raise SecateurError(f"--loss does not go with the method {method}")
+    if arguments.scoring != Scoring() and "score" not in taken:
+        raise SecateurError(f"--score, --questions, --shots and --fraction do not go with the method {method}")
+    return budget
+
+
+def _loading(model: Any, *, constructed: bool) -> str:
+    if constructed:
+        return "a model that secateur.load loads"
+    if why_not_stock(model) is None:
+        return "a model that stock transformers loads"
+    return "a model that stock transformers loads with trust_remote_code=True"
 
 
 def _method(words: Sequence[str]) -> str:
@@ -156,31 +199,39 @@ def _some(rows: Sequence[Any], count: int) -> list[Any]:
     return list(torch.split(joined, len(rows[0])))
 
 
-def _shown(common: Common, reading: Reading) -> dict[str, Any]:
-    shown = {"seed": common.seed, "device": common.device, "dtype": common.dtype, **dataclasses.asdict(reading)}
-    return {key: value for key, value in shown.items() if value is not None}
+def _shown(arguments: Arguments) -> dict[str, Any]:
+    common, making = arguments.common, arguments.making
+    shown = {"seed": common.seed, "device": common.device, "dtype": common.dtype}
+    shown |= {**dataclasses.asdict(arguments.reading), **dataclasses.asdict(making), "loss": arguments.loss}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in shown.items() if value}
 
 
-def _draw(console: Console, report: dict[str, Any], out: Path) -> None:
+def _draw(console: Console, report: dict[str, Any], out: Path, how_to_load: str) -> None:
     if "search" in report:
         tables.candidates(console, report["search"])
     rows = [
         (name, str(size["dense"]), str(size["pruned"]), tables.share(size["pruned"] or 0, size["dense"]))
         for name, size in report["sizes"].items()
+        if size["pruned"] is not None
     ]
+    told = {name for name, size in report["sizes"].items() if size["pruned"] is not None}
+    for kind, units in report["units"].items():
+        if kind not in told and (len(told) == 0 or units["axes"] > 1):
+            label = f"{kind}, in {units['axes']} axes" if units["axes"] > 1 else kind
+            shown = (f"{units['dense']:,}", f"{units['pruned']:,}")
+            rows.append((label, *shown, tables.share(units["pruned"], units["dense"])))
     params, memory = report["costs"]["params"], report["costs"]["memory"]
     rows.append(
         ("parameters", f"{params['dense']:,}", f"{params['pruned']:,}", tables.share(params["pruned"], params["dense"]))
     )
+    macs = report["costs"]["macs"]
+    row = (f"{macs['dense']:,}", f"{macs['pruned']:,}", tables.share(macs["pruned"], macs["dense"]))
+    rows.append(("multiply-accumulates", *row))
     label = f"weights + KV cache ({memory['kv_batch']} x {memory['kv_seq_len']})"
     sizes = (tables.bytes_text(memory["dense"]), tables.bytes_text(memory["pruned"]))
     rows.append((label, *sizes, tables.share(memory["pruned"], memory["dense"])))
     if "measured" in report:
-        found = report["measured"]
-        perplexity = found["perplexity"]
-        rows.append(("perplexity, held out", f"{perplexity['dense']:.2f}", f"{perplexity['pruned']:.2f}", ""))
-        rows.append(("KL to the dense model", "0", f"{found['kl']:.3f}", ""))
-        rows.append(("top-1 agreement", "100%", f"{100 * found['top1']:.1f}%", ""))
+        rows += _measured(report["measured"])
     tables.table(console, "What was cut, and what it cost", ("", "dense", "pruned", "share"), rows)
     if "unused_tensors" in report:
         first, count = report["unused_tensors"][0], len(report["unused_tensors"])
@@ -188,4 +239,19 @@ def _draw(console: Console, report: dict[str, Any], out: Path) -> None:
     if report["dropped"]:
         console.print(f"dropped: {', '.join(report['dropped'])}")
     console.print("Nothing was trained after the cut: distilling or fine-tuning will win much of the loss back.")
-    console.print(f"saved in {out} (report.json, plan.json, and a model that stock transformers loads)", soft_wrap=True)
+    console.print(f"saved in {out} (report.json, plan.json, and {how_to_load})", soft_wrap=True)
+
+
+def _measured(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    rows = []
+    if "perplexity" in found:
+        perplexity = found["perplexity"]
+        rows.append(("perplexity, held out", f"{perplexity['dense']:.2f}", f"{perplexity['pruned']:.2f}", ""))
+        rows.append(("KL to the dense model", "0", f"{found['kl']:.3f}", ""))
+    if "accuracy" in found:
+        accuracy, loss = found["accuracy"], found["loss"]
+        shown = (f"{100 * accuracy['dense']:.1f}%", f"{100 * accuracy['pruned']:.1f}%")
+        rows.append((f"accuracy on {found['samples']:,} held-out samples", *shown, ""))
+        rows.append(("loss, held out", f"{loss['dense']:.3f}", f"{loss['pruned']:.3f}", ""))
+    rows.append(("top-1 agreement", "100%", f"{100 * found['top1']:.1f}%", ""))
+    return rows

@@ -14,27 +14,27 @@ import torch
 from torch import nn
 
 from secateur.choose.plan import Plan
-from secateur.cut.config import cut_config
 from secateur.cut.names import new_name, renumbered
+from secateur.cut.record import remember
+from secateur.cut.solve import configs_for, shapes_of
 from secateur.cut.surgery import operate
 from secateur.cut.tensors import cut_tensors
 from secateur.cut.verify import mismatch
 from secateur.errors import SecateurError
 from secateur.load.model import quiet_transformers
 from secateur.space import Space, discover
-from secateur.space.trace import example_inputs
+from secateur.space.inputs import example_inputs
+from secateur.space.trace import Inputs
 
 
-def apply(
-    model: nn.Module, plan: Plan, *, space: Space | None = None, inputs: Mapping[str, Any] | None = None
-) -> nn.Module:
+def apply(model: nn.Module, plan: Plan, *, space: Space | None = None, inputs: Inputs = None) -> nn.Module:
     """Return the model that the plan makes of `model`, which stays as it is.
 
     Args:
         model: the dense model.
         plan: what stays of it.
         space: its Space, where it is known already.
-        inputs: arguments for one forward pass, as for `discover`; None for a Hugging Face language model.
+        inputs: arguments for one forward pass, as for `discover`; None for a Hugging Face model.
 
     Returns:
         A new model of the same class, dtype, device and mode. Tied parameters stay tied.
@@ -46,61 +46,69 @@ def apply(
         inputs = example_inputs(model)  # the cut model is traced with the same shapes as the dense one
     space = space or discover(model, inputs)
     plan.check(space)
-    parameters = dict(model.named_parameters())
-    tensors = cut_tensors(parameters, space, plan)
-    smaller = sum(t.numel() for t in tensors.values()) < sum(p.numel() for p in parameters.values())
-    if not smaller and not plan.masks:
-        raise SecateurError("the plan removes no parameter: nothing would be smaller")
-    tensors = {n: t.clone() if t.data_ptr() == parameters[n].data_ptr() else t for n, t in tensors.items()}
-    new, why = stock_model(model, plan, space, tensors), "its config cannot describe the cut"
-    if new is None:
+    tensors = sliced(model, plan, space)
+    new = stock_model(model, plan, space, tensors)
+    if new is None or mismatch(new, plan, space, inputs) is not None:
         new = operate(model, plan, space, tensors, inputs)
-        why = "its attributes do not follow the cut"
+        remember(model, new, plan, space)
     moved = renumbered(space, plan)
     modes = {new_name(name, moved): module.training for name, module in model.named_modules()}
     for name, module in new.named_modules():
         module.training = modes.get(name, model.training)
-    trained = {new_name(name, moved): parameter.requires_grad for name, parameter in parameters.items()}
+    trained = {new_name(name, moved): parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(trained[name])
-    wrong = mismatch(new, plan, space, inputs)
-    if wrong is not None:
-        raise SecateurError(f"{type(model).__name__} cannot be cut as planned, {why}: {wrong}")
     return new
+
+
+def sliced(model: nn.Module, plan: Plan, space: Space) -> dict[str, torch.Tensor]:
+    """Every parameter that stays and every buffer that axes run through, cut; none shares memory with the model.
+
+    Raises:
+        SecateurError: for a plan that removes nothing.
+    """
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    tensors = cut_tensors(parameters, space, plan)
+    smaller = sum(t.numel() for t in tensors.values()) < sum(p.numel() for p in parameters.values())
+    if not smaller and not plan.masks:
+        raise SecateurError("the plan removes no parameter: nothing would be smaller")
+    tensors |= cut_tensors({name: buffers[name] for name in space.buffers}, space, plan)
+    return {n: t.clone() if _same_memory(t, parameters.get(n)) else t for n, t in tensors.items()}
+
+
+def _same_memory(new: torch.Tensor, old: torch.Tensor | None) -> bool:
+    return old is None or new.data_ptr() == old.data_ptr()
 
 
 def stock_model(model: nn.Module, plan: Plan, space: Space, tensors: Mapping[str, torch.Tensor]) -> nn.Module | None:
     """The cut model as the stock loader builds it from a config, or None where no config describes it."""
     config = getattr(model, "config", None)
-    if not hasattr(type(model), "from_pretrained") or config is None:
-        return None
-    try:
-        smaller = cut_config(config, space, plan)
-    except SecateurError:
-        return None  # the class rejects the sizes: surgery can still cut, and `ship` says why it cannot be saved
+    if not hasattr(type(model), "from_pretrained") or config is None or hasattr(config, "secateur"):
+        return None  # no Hugging Face model, or one that was cut beyond what its config describes
+    moved = renumbered(space, plan)
+    state = {str(new_name(name, moved)): tensor for name, tensor in tensors.items() if name in space.parameters}
+    kept = {str(new_name(name, moved)): tensor for name, tensor in tensors.items() if name not in space.parameters}
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    smaller = next((c for c in configs_for(model, plan, space) if shapes_of(type(model), c) == wanted), None)
     if smaller is None:
         return None
-    moved = renumbered(space, plan)
-    state = {str(new_name(name, moved)): tensor for name, tensor in tensors.items()}
-    try:
-        with torch.device("meta"):
-            skeleton = type(model)(smaller)
-    except ValueError:
-        return None  # the modules check sizes that the config does not (GPT-2's heads)
-    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
-    if shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
-        return None
-    new = _load(model, smaller, state, moved)
+    new = _load(model, smaller, state, kept, moved)
     return new if _restore_scales(model, new, space, moved) else None
 
 
-def _load(model: nn.Module, config: Any, state: Mapping[str, torch.Tensor], moved: dict[str, str | None]) -> nn.Module:
+def _load(
+    model: nn.Module,
+    config: Any,
+    state: Mapping[str, torch.Tensor],
+    buffers: Mapping[str, torch.Tensor],
+    moved: dict[str, str | None],
+) -> nn.Module:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     full = dict(state)
     for name, tensor in model.state_dict().items():
         after = new_name(name, moved)
         if name not in parameters and after is not None:
-            full[after] = tensor.clone()
+            full[after] = buffers.get(after, tensor).clone()
     # The widest type loads every tensor without loss; each then gets its own back.
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in state.values() if t.is_floating_point()))
     device = next(iter(state.values())).device
@@ -140,6 +148,8 @@ def _restore_scales(model: nn.Module, new: nn.Module, space: Space, moved: dict[
     for name, old in model.named_buffers():
         current = after.get(str(new_name(name, moved)))
         if current is None or old.is_meta or current.is_meta:
+            continue
+        if name in space.buffers:
             continue
         if old.shape != current.shape:
             return False

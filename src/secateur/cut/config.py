@@ -68,8 +68,8 @@ def sizes_of(space: Space, plan: Plan | None = None) -> Sizes:
             if axis.block not in plan.dropped:
                 values.add(_kept_size(space, plan, axis.name))
         found[kind] = values.pop() if len(values) == 1 else None
-    layers = space.layers()
-    found["layers"] = sum(1 for layer in layers if layer.name not in plan.dropped) if layers else None
+    stacks = list(space.gone_layers(plan.dropped).values())
+    found["layers"] = stacks[0].count(False) if len(stacks) == 1 else None
     return Sizes(**found)
 
 
@@ -95,7 +95,9 @@ def cut_config(config: Any, space: Space, plan: Plan) -> Any:
         return None
     if any(block.name in plan.dropped and block.kind != "layers" for block in space.blocks):
         return None
-    return resized_config(config, before, after, [layer.name in plan.dropped for layer in space.layers()])
+    if len(space.stacks) > 1 and any(any(gone) for gone in space.gone_layers(plan.dropped).values()):
+        return None  # each list of layers has a number of its own
+    return resized_config(config, before, after, next(iter(space.gone_layers(plan.dropped).values()), []))
 
 
 def resized_config(config: Any, before: Sizes, after: Sizes, gone: Sequence[bool]) -> Any:
@@ -176,9 +178,19 @@ def build_config(config: Any, values: Mapping[str, Any]) -> Any:
     return new
 
 
+def with_head_dim(config: Any) -> Any:
+    """A copy that says its head_dim, where the class takes one: it may then differ from hidden / heads."""
+    new = copy.deepcopy(config)
+    if _takes_head_dim(config) and getattr(config, "head_dim", None) is None:
+        head_dim = _implied_head_dim(config)
+        if head_dim is not None:
+            vars(new)["head_dim"] = head_dim
+    return new
+
+
 def _implied_head_dim(config: Any) -> int | None:
     hidden, heads = (getattr(config, field_of(config, kind) or "", None) for kind in ("hidden", "heads"))
-    return hidden // heads if hidden and heads else None
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
 
 
 def _takes_head_dim(config: Any) -> bool:
@@ -194,7 +206,7 @@ def cut_lists(values: Mapping[str, Any], gone: Sequence[bool]) -> dict[str, Any]
     kept = [i for i, out in enumerate(gone) if not out]
     cut: dict[str, Any] = {}
     for key, value in values.items():
-        if "layer" not in key or not isinstance(value, list) or not value:
+        if "layer" not in str(key) or not isinstance(value, list) or not value:
             continue
         if _are_layer_numbers(value, len(gone)):
             cut[key] = [kept.index(i) for i in value if i in kept]

@@ -1,19 +1,15 @@
 """Names of parameters, buffers and modules before and after layers are dropped."""
 
-from collections import defaultdict
-
 from secateur.choose.plan import Plan
 from secateur.space import Space
 
 
 def renumbered(space: Space, plan: Plan) -> dict[str, str | None]:
     """Path prefix of every layer -> its new prefix; None for a dropped one."""
-    stacks: dict[str, list[str]] = defaultdict(list)
-    for layer in space.layers():
-        stacks[layer.stack].append(layer.name)
     moved: dict[str, str | None] = {}
-    for stack, layers in stacks.items():
-        kept = [name for name in layers if name not in plan.dropped]
+    for stack, gone in space.gone_layers(plan.dropped).items():
+        layers = [f"{stack}.{i}" for i in range(len(gone))]
+        kept = [name for name, out in zip(layers, gone, strict=True) if not out]
         moved |= dict.fromkeys(layers)
         moved |= {name: f"{stack}.{i}" for i, name in enumerate(kept)}
     return moved

@@ -20,13 +20,16 @@ def kept_rows(space: Space, plan: Plan) -> dict[tuple[str, int], torch.Tensor]:
         for part in axis.slices:
             place = part.parameter, part.dim
             if place not in masks:
-                masks[place] = torch.ones(space.parameters[part.parameter].shape[part.dim], dtype=torch.bool)
+                masks[place] = torch.ones(space.tensor(part.parameter).shape[part.dim], dtype=torch.bool)
             masks[place][part.rows()[gone].flatten()] = False
     return {place: mask.nonzero().flatten() for place, mask in masks.items()}
 
 
 def cut_tensors(parameters: Mapping[str, torch.Tensor], space: Space, plan: Plan) -> dict[str, torch.Tensor]:
-    """Every parameter that stays, sliced and masked; tensors that lose nothing are shared, not copied."""
+    """Every tensor that stays, sliced and masked; those that lose nothing are shared, not copied.
+
+    `parameters` may be the model's buffers as well.
+    """
     rows: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
     for (name, dim), kept in kept_rows(space, plan).items():
         rows[name].append((dim, kept))

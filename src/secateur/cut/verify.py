@@ -1,7 +1,7 @@
 """Trace a cut model again and compare with what the plan predicts."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -11,18 +11,31 @@ from secateur.choose.plan import Plan
 from secateur.cut.names import new_name, renumbered
 from secateur.errors import SecateurError
 from secateur.space import Space, discover, evaluate
+from secateur.space.trace import Inputs
 
 
-def mismatch(new: nn.Module, plan: Plan, space: Space, inputs: Mapping[str, Any] | None = None) -> str | None:
+def mismatch(
+    new: nn.Module, plan: Plan, space: Space, inputs: Inputs = None, without: Sequence[str] = ()
+) -> str | None:
     """What is otherwise than predicted in the cut model, in one line; None when all agrees.
 
-    Compared are the shape of every parameter and every floating-point literal in the graph: a scale that follows a
-    size would show here.
+    Compared are the shape of every parameter, every floating-point literal in the graph (a scale that follows a size
+    would show here), and every whole number that Python code put into the graph as a size. Code may take another
+    path where a size has become one (no repeat of a single head): numbers may then be missing, but none may be there
+    that was not predicted. Modules in `without` have other code than in the dense model: only their shapes count.
     """
     try:
         traced = discover(new, inputs)
     except SecateurError as error:
         return str(error)
+    return (
+        _shape_mismatch(traced, plan, space)
+        or _constants(traced, plan, space, without)
+        or _sizes(traced, plan, space, without)
+    )
+
+
+def _shape_mismatch(traced: Space, plan: Plan, space: Space) -> str | None:
     moved, at = renumbered(space, plan), lengths(space, plan)
     shapes = {name: p.shape for name, p in traced.parameters.items()}
     gone = gone_parameters(space, plan)
@@ -36,17 +49,20 @@ def mismatch(new: nn.Module, plan: Plan, space: Space, inputs: Mapping[str, Any]
             return f"{name} has shape {shapes.get(str(name))}, predicted was {shape}"
     if len(shapes) != len(expected):
         return f"{len(shapes)} parameters, predicted were {len(expected)}"
-    out = tuple(f"{name}." for name in (*plan.dropped, *_idle(space, plan)))
+    return None
+
+
+def _constants(traced: Space, plan: Plan, space: Space, without: Sequence[str]) -> str | None:
+    """Constants inside layers must be the same; outside of them (rotary tables of a layer type) some may vanish."""
+    moved = renumbered(space, plan)
+    out = _gone(space, plan) + tuple(f"{path}." for path in without)
+    other = tuple(f"{new_name(path, moved)}." for path in without) or ("\0",)
     before = [
         (new_name(c.module, moved), c.operator, c.values)
         for c in space.constants
         if not f"{c.module}.".startswith(out or ("\0",))
     ]
-    return _constant_mismatch(before, [(c.module, c.operator, c.values) for c in traced.constants], traced)
-
-
-def _constant_mismatch(before: Sequence[Any], now: Sequence[Any], traced: Space) -> str | None:
-    """Constants inside layers must be the same; outside of them (rotary tables of a layer type) some may vanish."""
+    now = [(c.module, c.operator, c.values) for c in traced.constants if not f"{c.module}.".startswith(other)]
     layers = tuple(f"{layer.name}." for layer in traced.layers()) or ("\0",)
     inside = [[c for c in constants if f"{c[0]}.".startswith(layers)] for constants in (before, now)]
     for old, new in zip(*inside, strict=False):
@@ -60,31 +76,27 @@ def _constant_mismatch(before: Sequence[Any], now: Sequence[Any], traced: Space)
     return None
 
 
-def _idle(space: Space, plan: Plan) -> list[str]:
-    return [module for block in space.blocks if block.name in plan.dropped for module in block.idle]
+def _gone(space: Space, plan: Plan) -> tuple[str, ...]:
+    """Paths, each with a dot, of all that does nothing any more."""
+    idle = [module for block in space.blocks if block.name in plan.dropped for module in block.idle]
+    return tuple(f"{name}." for name in (*plan.dropped, *idle))
 
 
-def literal_mismatch(
-    new: nn.Module,
-    plan: Plan,
-    space: Space,
-    inputs: Mapping[str, Any] | None = None,
-    *,
-    other_path: bool = False,
-) -> str | None:
-    """As `mismatch`, and every integer that Python code put into the graph.
-
-    Code may take another path where a size has become one (no repeat of a single head): with `other_path`, integers
-    may then be missing, but none may be there that was not predicted.
-    """
-    wrong = mismatch(new, plan, space, inputs)
-    if wrong is not None:
-        return wrong
+def _sizes(traced: Space, plan: Plan, space: Space, without: Sequence[str]) -> str | None:
     at, moved = lengths(space, plan), renumbered(space, plan)
-    out = tuple(f"{name}." for name in plan.dropped)
+    out = _gone(space, plan) + tuple(f"{path}." for path in without)
+    other = tuple(f"{new_name(path, moved)}." for path in without) or ("\0",)
     kept = [x for x in space.literals if not f"{x.module}.".startswith(out or ("\0",))]
     sizes = [(str(new_name(x.module, moved)), int(evaluate(x.size, at))) for x in kept]
     expected = [(module, size) for module, size in sizes if size > 1]  # a one is not noted, since it may be anything
-    found = [(x.module, x.value) for x in discover(new, inputs).literals]
-    shorter = other_path and len(expected) < len(sizes) and not Counter(found) - Counter(expected)
-    return None if found == expected or shorter else "sizes in its Python code do not follow the cut"
+    found = [(x.module, x.value) for x in traced.literals if not f"{x.module}.".startswith(other)]
+    if found == expected or (len(expected) < len(sizes) and not Counter(found) - Counter(expected)):
+        return None
+    return _first_difference(expected, found)
+
+
+def _first_difference(expected: Sequence[Any], found: Sequence[Any]) -> str:
+    for (module, size), (_, value) in zip(expected, found, strict=False):
+        if size != value:
+            return f"Python code of {module} works with the size {value}, predicted was {size}"
+    return f"its Python code works with {len(found)} sizes, predicted were {len(expected)}"

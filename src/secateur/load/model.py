@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError, nearest
+from secateur.load.place import DTYPES, find_device, find_dtype
+from secateur.load.structure import OWN_TYPE, recorded_classes
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-DTYPES = {str(kind).removeprefix("torch."): kind for kind in _FLOATS}
 TOKENIZER_FILES = (
     *("tokenizer*.json", "*.model", "*.tiktoken", "vocab*", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*"),
@@ -67,12 +67,13 @@ def load_model(
         SecateurError: The name leads to no model; the config or a weight file is missing, damaged or cut short; the
             weights do not fit the config, or are not finite; the dtype or device is unknown or not there.
     """
-    place, kind = _device(device), _dtype(dtype)
+    place, kind = find_device(device), find_dtype(dtype)
     source = find_source(name)
     with quiet_transformers(), _reworded(f"{source.name}: transformers cannot load this model"):
         from transformers import AutoModelForCausalLM
 
-        model, info = AutoModelForCausalLM.from_pretrained(
+        cut = recorded_classes(_read_config(source.folder)) if source.folder is not None else None
+        model, info = (AutoModelForCausalLM if cut is None else cut[1]).from_pretrained(
             source.folder,
             dtype="auto" if kind is None else kind,
             output_loading_info=True,
@@ -95,11 +96,12 @@ def model_config(name: str | Path) -> Any:
         SecateurError: The name leads to no config, or transformers does not take it.
     """
     folder, _ = _find_folder(name, weights=False)
-    _read_config(folder)
+    cut = recorded_classes(_read_config(folder))
     with quiet_transformers(), _reworded(f"{name}: transformers does not take this config"):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        kind: Any = AutoConfig if cut is None else cut[0]
+        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def meta_model(name: str | Path) -> nn.Module:
@@ -111,9 +113,13 @@ def meta_model(name: str | Path) -> nn.Module:
     config = model_config(name)
     from transformers import AutoModelForCausalLM
 
-    kind = _dtype(getattr(config, "dtype", None)) or torch.float32
+    kind = find_dtype(getattr(config, "dtype", None)) or torch.float32
     with quiet_transformers(), _reworded(f"{name}: transformers cannot build this model"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
+        cut = recorded_classes(vars(config))
+        if cut is not None:
+            model = cut[1]._from_config(config, dtype=kind)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
     built: nn.Module = model.eval()
     return built
 
@@ -156,34 +162,6 @@ def _reworded(what: str) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split())
         raise SecateurError(f"{what}: {text[:500] or type(error).__name__}") from error
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SecateurError(f"device {name!r} is unknown{nearest(name, ['cpu', 'cuda', 'cuda:0', 'mps'])}") from error
-    if device.type == "meta":
-        raise SecateurError("device 'meta' holds no weights; to look at a model without them, use meta_model")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # builds without CUDA assert
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SecateurError(f"device {name!r} is not available here ({first}); use 'cpu'") from error
-    return device
-
-
-def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
-    if given is None or given == "auto":
-        return None
-    if isinstance(given, torch.dtype):
-        if not given.is_floating_point:
-            raise SecateurError(f"dtype {given} is no type of weights; use one of {', '.join(DTYPES)}")
-        return given
-    found = DTYPES.get(given.removeprefix("torch."))
-    if found is None:
-        raise SecateurError(f"dtype {given!r} is unknown{nearest(given, [*DTYPES, 'auto'])}")
-    return found
 
 
 def _load_tokenizer(source: Source) -> Any | None:
@@ -456,7 +434,9 @@ def _without_origin(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     left_out = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
-    return {key: _without_origin(value) for key, value in config.items() if key not in left_out}
+    left_out |= {"auto_map", "secateur", "transformers_weights"}
+    content = {key: _without_origin(value) for key, value in config.items() if key not in left_out}
+    return {key: value.removeprefix(OWN_TYPE) if key == "model_type" else value for key, value in content.items()}
 
 
 def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:

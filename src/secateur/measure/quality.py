@@ -1,18 +1,18 @@
 """How good a language model still is: perplexity, distance from the dense model, and metrics of the user's own."""
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
-from secateur.errors import SecateurError, nearest
+from secateur.errors import SecateurError
 from secateur.load.data import Tokenizer
+from secateur.load.functions import find_function
 from secateur.load.mode import evaluating
 from secateur.progress import Track, quiet
 
@@ -355,24 +355,7 @@ def load_metric(spec: str) -> Metric:
     Raises:
         SecateurError: There is no such module or function, or, when it is measured, its result is no finite number.
     """
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise SecateurError(f"metric {spec!r} must read module:function, such as my_metrics:accuracy")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise SecateurError(f"metric {spec!r}: {module_name} needs a module {error.name!r}") from error
-        raise SecateurError(
-            f"metric {spec!r}: no module {error.name!r}; is its folder in PYTHONPATH or the working directory?"
-        ) from error
-    if not hasattr(module, attribute):
-        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        hint = nearest(attribute, known) if known else "; it defines no functions"
-        raise SecateurError(f"metric {spec!r}: module {module_name!r} has no {attribute!r}{hint}")
-    function: Any = getattr(module, attribute)
-    if not callable(function):
-        raise SecateurError(f"metric {spec!r}: {attribute!r} is {type(function).__name__}, not a function of the model")
+    function = find_function(spec, "metric", "my_metrics:accuracy")
 
     def measured(model: nn.Module) -> float:
         try:

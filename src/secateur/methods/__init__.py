@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 
 from secateur.methods.base import Decision
 from secateur.methods.minitron import minitron
+from secateur.methods.structural import structural
 
-METHODS: Mapping[str, Callable[..., Decision]] = {"minitron": minitron}
+METHODS: Mapping[str, Callable[..., Decision]] = {"minitron": minitron, "structural": structural}
 
 __all__ = ["METHODS", "Decision"]

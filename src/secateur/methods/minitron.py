@@ -98,7 +98,9 @@ def minitron(
 def _config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "from_pretrained"):
-        raise SecateurError(f"minitron needs a Hugging Face language model, not a {type(model).__name__}")
+        raise SecateurError(
+            f"minitron needs a Hugging Face language model, not a {type(model).__name__}; use the method structural"
+        )
     return config
 
 

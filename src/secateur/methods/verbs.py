@@ -18,17 +18,22 @@ from secateur.choose.search import DIVISORS
 from secateur.cut import apply
 from secateur.cut.config import sizes_of
 from secateur.errors import SecateurError, nearest
+from secateur.load.batches import Batch, size_of
 from secateur.load.data import Tokenizer, load_tokens, sample_tokens
 from secateur.load.model import fingerprint, sliding_window
-from secateur.measure.quality import Batch, Comparison, Reference, compare, perplexity
+from secateur.measure.classify import classify, compare_classes, labelled
+from secateur.measure.quality import Reference, compare, perplexity
 from secateur.methods import METHODS, Decision
 from secateur.methods.minitron import named
 from secateur.progress import Track, quiet
+from secateur.space import Axis, Space
+from secateur.space.trace import Inputs
 
 Data = str | Path | torch.Tensor | Iterable[Batch] | None
-"""A file, folder or hub id of text or token ids; token rows; batches; None or "self" = sampled from the model."""
+"""A file, folder or hub id of text or token ids; token rows or other inputs as one tensor; batches; None or "self" =
+sampled from the model."""
 
-_NOT_SHOWN = ("data", "tokenizer", "method", "stored_dtype", "track")
+_NOT_SHOWN = ("data", "inputs", "loss", "tokenizer", "method", "stored_dtype", "track")
 SEQ_LEN = 2048
 SAMPLES = 1024
 SELF_SAMPLES, SELF_SEQ_LEN = 128, 256
@@ -63,7 +68,8 @@ def batches_of(
         model: the model that they are for.
         data: see `Data`.
         tokenizer: for text.
-        samples: at most so many rows; None = 1024 of given data, 128 where the model writes them itself.
+        samples: at most so many rows (of batches that are given, whole batches until there are so many); None = 1024
+            of given data, 128 where the model writes them itself.
         seq_len: tokens in a row; None = 2048 or what the model can take, 256 where it writes them itself.
         batch_size: rows in a batch.
         text_field: the field of a record that holds the text.
@@ -78,10 +84,16 @@ def batches_of(
         if value is not None and value < 1:
             raise SecateurError(f"{option} must be at least 1, not {value}")
     if isinstance(data, torch.Tensor):
-        rows = data if data.dim() == 2 else data.reshape(1, -1)
+        rows = data if data.dim() > 1 or data.is_floating_point() else data.reshape(1, -1)
         return list(torch.split(rows[:samples], batch_size))
     if data is not None and not isinstance(data, str | Path):
-        given = list(data)
+        given: list[Batch] = []
+        rows_given = 0
+        for batch in data:
+            given.append(batch)
+            rows_given += size_of(batch)
+            if samples is not None and rows_given >= samples:
+                break
         if not given:
             raise SecateurError("the data has no batch")
         return given
@@ -124,20 +136,31 @@ def decide(
     *,
     method: str = "minitron",
     data: Data = None,
+    inputs: Inputs = None,
     track: Track = quiet,
     **options: Any,
 ) -> Decision:
     """As `plan`, with the Space and the details of how the decision came about."""
     if method not in METHODS:
         raise SecateurError(f"there is no method {method!r}{nearest(method, METHODS)}")
-    known = [name for name, p in inspect.signature(METHODS[method]).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(METHODS[method]).parameters
+    known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if inputs is not None:
+        options["inputs"] = inputs
     for name in options:
         if name not in known and name not in _LOADING:
             raise SecateurError(f"{method} has no option {name!r}{nearest(name, [*known, *_LOADING])}")
     parsed = budget_of(budget)
-    loading = {name: options.pop(name) for name in _LOADING if name in options}
-    rows = batches_of(model, data, track=track, **loading)
-    return METHODS[method](model, parsed, rows, track=track, **options)
+    loading = {name: options[name] for name in _LOADING if name in options}
+    own = {name: value for name, value in options.items() if name in known}
+    without = data is None and not needs_data(method)
+    rows = [] if without else batches_of(model, data, track=track, **loading)
+    return METHODS[method](model, parsed, rows, track=track, **own)
+
+
+def needs_data(method: str) -> bool:
+    """Whether a method cannot do without data: it then writes its own where it is given none."""
+    return inspect.signature(METHODS[method]).parameters["data"].default is inspect.Parameter.empty
 
 
 def plan(model: nn.Module, budget: Budget | str | Sequence[str] | Mapping[str, int], **options: Any) -> Plan:
@@ -146,7 +169,8 @@ def plan(model: nn.Module, budget: Budget | str | Sequence[str] | Mapping[str, i
     Args:
         model: the dense model.
         budget: ``"params=70%"``, several limits, a `Budget`, or a mapping of exact dims.
-        options: `method`, `data`, `track`, how data is read (see `batches_of`), and the options of the method.
+        options: `method`, `data`, `inputs` (arguments of one forward pass, for what is no Hugging Face model), `track`,
+            how data is read (see `batches_of`), and the options of the method.
 
     Raises:
         SecateurError: for bad input; see the method.
@@ -159,6 +183,7 @@ def prune(
     budget: Budget | str | Sequence[str] | Mapping[str, int],
     *,
     eval_data: Data = None,
+    inputs: Inputs = None,
     name: str = "",
     track: Track = quiet,
     **options: Any,
@@ -168,7 +193,9 @@ def prune(
     Args:
         model: the dense model; it stays as it is.
         budget: as for `plan`.
-        eval_data: what perplexity, KL and agreement are measured on; None = nothing is measured.
+        eval_data: what is measured on: perplexity, KL and agreement of a language model; accuracy, loss and agreement
+            of a classifier, where batches are (inputs, targets) or have one label for each sample; None = nothing is.
+        inputs: arguments of one forward pass (a tensor, a tuple, a mapping), for what is no Hugging Face model.
         name: the model's folder or hub id, for the report.
         track: shows progress.
         options: as for `plan`.
@@ -180,9 +207,9 @@ def prune(
     loading = {name: options[name] for name in _LOADING if name in options and name != "samples"}
     held_out = None if eval_data is None else batches_of(model, eval_data, track=track, **loading)
     parsed = budget_of(budget)
-    decision = decide(model, parsed, track=track, **options)
-    pruned = apply(model, decision.plan, space=decision.space)
-    measured = None if held_out is None else compare(pruned, Reference(model, held_out, track=track), track)
+    decision = decide(model, parsed, inputs=inputs, track=track, **options)
+    pruned = apply(model, decision.plan, space=decision.space, inputs=inputs)
+    measured = None if held_out is None else _compared(pruned, model, held_out, track)
     origin = {
         "model": name or type(model).__name__,
         "fingerprint": fingerprint(model),
@@ -192,11 +219,27 @@ def prune(
     }
     decided = Plan(decision.plan.kept, decision.plan.dropped, decision.plan.masks, origin)
     report = report_of(model, decided, decision, options, measured)
-    report["data"] = {"calibration": _data_name(options.get("data"))}
+    needed = needs_data(str(options.get("method", "minitron")))
+    report["data"] = {
+        "calibration": _data_name(options.get("data")) if needed or options.get("data") is not None else None
+    }
     if eval_data is not None:
         report["data"]["evaluation"] = _data_name(eval_data)
     report["seconds"] = {**report["seconds"], "total": time.perf_counter() - begin}
     return Result(pruned, decided, report)
+
+
+def _compared(pruned: nn.Module, dense: nn.Module, batches: Sequence[Any], track: Track) -> dict[str, Any]:
+    """What the cut cost, in the measures of the kind of model that the batches are for."""
+    if labelled(batches):
+        return compare_classes(pruned, dense, batches, track)
+    found = compare(pruned, Reference(dense, batches, track=track), track)
+    return {
+        "tokens": found.tokens,
+        "perplexity": {"dense": found.dense_perplexity, "pruned": found.perplexity},
+        "kl": found.kl,
+        "top1": found.top1,
+    }
 
 
 def _data_name(data: Data) -> str:
@@ -206,7 +249,7 @@ def _data_name(data: Data) -> str:
 
 
 def report_of(
-    model: nn.Module, plan: Plan, decision: Decision, options: Mapping[str, Any], measured: Comparison | None
+    model: nn.Module, plan: Plan, decision: Decision, options: Mapping[str, Any], measured: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What was cut, what it costs now, what was measured."""
     space, config = decision.space, getattr(model, "config", None)
@@ -215,7 +258,7 @@ def report_of(
     )
     before, after = sizes_of(space), sizes_of(space, plan)
     kinds = [kind for kind in DIVISORS if before.get(kind) is not None]
-    names = {kind: next(iter(named(config, {kind: 0}))) for kind in kinds}
+    names = {kind: kind if config is None else next(iter(named(config, {kind: 0}))) for kind in kinds}
     whole, rest = costs(space, Plan(), workload), costs(space, plan, workload)
     report: dict[str, Any] = {
         "secateur": plan.origin["secateur"],
@@ -224,6 +267,7 @@ def report_of(
         "budget": plan.origin["budget"],
         "options": {k: _plain(v) for k, v in options.items() if v is not None and k not in _NOT_SHOWN},
         "sizes": {names[kind]: {"dense": before.get(kind), "pruned": after.get(kind)} for kind in kinds},
+        "units": _units(space, plan),
         "dropped": list(plan.dropped),
         "costs": {
             "params": {"dense": int(whole.params), "pruned": int(rest.params)},
@@ -234,17 +278,27 @@ def report_of(
                 "kv_batch": workload.batch,
                 "kv_seq_len": workload.seq_len,
             },
+            "macs": {"dense": int(whole.macs), "pruned": int(rest.macs)},
         },
         **decision.details,
     }
     if measured is not None:
-        report["measured"] = {
-            "tokens": measured.tokens,
-            "perplexity": {"dense": measured.dense_perplexity, "pruned": measured.perplexity},
-            "kl": measured.kl,
-            "top1": measured.top1,
-        }
+        report["measured"] = dict(measured)
     return report
+
+
+def _units(space: Space, plan: Plan) -> dict[str, dict[str, int]]:
+    """Units of all axes of each kind that is cut, the axes of dropped layers left out after the cut."""
+    found: dict[str, dict[str, int]] = {}
+    for kind in dict.fromkeys(kept.kind for kept in plan.kept.values()):
+        axes = space.of_kind(kind)
+        left = [len(plan.kept[a.name].units) if a.name in plan.kept else a.size for a in axes if not _gone(a, plan)]
+        found[kind] = {"axes": len(axes), "dense": sum(a.size for a in axes), "pruned": sum(left)}
+    return found
+
+
+def _gone(axis: Axis, plan: Plan) -> bool:
+    return axis.block in plan.dropped
 
 
 def _plain(value: Any) -> Any:
@@ -263,6 +317,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Perplexity on the data, and against a dense model its perplexity, the KL to it and the top-1 agreement.
 
+    Of a classifier (batches of (inputs, targets), or with one label for each sample): accuracy and loss.
+
     Args:
         model: what to measure.
         data: see `Data`.
@@ -272,6 +328,8 @@ def evaluate(
 
     Returns:
         ``perplexity``; with `against` also ``dense_perplexity``, ``kl`` (nats per token), ``top1`` (share), ``tokens``.
+        Of a classifier ``accuracy``, ``loss``, ``samples``; with `against` also ``dense_accuracy``, ``dense_loss`` and
+        ``top1``.
 
     Raises:
         SecateurError: for bad data or an unknown option.
@@ -279,7 +337,9 @@ def evaluate(
     for name in loading:
         if name not in _LOADING:
             raise SecateurError(f"evaluate has no option {name!r}{nearest(name, _LOADING)}")
-    rows = batches_of(against if against is not None else model, data, track=track, **loading)
+    rows: list[Any] = batches_of(against if against is not None else model, data, track=track, **loading)
+    if labelled(rows):
+        return _classified(model, rows, against, track)
     if against is None:
         return {"perplexity": perplexity(model, rows, track)}
     found = compare(model, Reference(against, rows, track=track), track)
@@ -290,3 +350,13 @@ def evaluate(
         "top1": found.top1,
         "tokens": float(found.tokens),
     }
+
+
+def _classified(model: nn.Module, batches: Sequence[Any], against: nn.Module | None, track: Track) -> dict[str, float]:
+    own = classify(model, batches, track)
+    values = {"accuracy": own.accuracy, "loss": own.loss, "samples": float(own.samples)}
+    if against is not None:
+        dense = classify(against, batches, track)
+        agree = float((own.choices == dense.choices).float().mean())
+        values |= {"dense_accuracy": dense.accuracy, "dense_loss": dense.loss, "top1": agree}
+    return values

@@ -1,10 +1,10 @@
-"""Checkpoints: a pruned model as a folder that stock transformers loads, written whole or not at all."""
+"""Checkpoints: a pruned model as a folder, for stock transformers where it can, written whole or not at all."""
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from secateur.choose.plan import Plan
+from secateur.cut.record import was_cut
 from secateur.errors import SecateurError
-from secateur.load.model import TOKENIZER_FILES, Source, check_folder, is_hub_id, load_model, quiet_transformers
+from secateur.load.built import STRUCTURE, load_built
+from secateur.load.model import TOKENIZER_FILES, Source, check_folder, load_model, quiet_transformers
+from secateur.ship.built import save_built
+from secateur.ship.card import model_card
+from secateur.ship.modeling import save_cut, stock_difference, unsaved
 from secateur.space import Space
 
 _ONE_FILE = 50_000_000_000  # bytes up to which the result of a single file stays one: transformers' own default
@@ -34,15 +39,20 @@ def save(
     tokenizer: Any | None = None,
     report: Mapping[str, Any] | None = None,
     card: str | None = None,
+    constructor: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the whole result into a folder that stock transformers loads, or nothing.
+    """Write the whole result into a folder that `load` loads, or nothing.
 
+    Stock transformers loads it too, if the model is one of Hugging Face: as it is where the model's own config
+    describes it, and otherwise, because a small modelling file lies beside the weights, with
+    ``trust_remote_code=True``. Any other model is saved as tensors, what was cut, and what builds the dense model.
     The folder is written beside `out` under a hidden name, checked, and renamed. What fails or is interrupted leaves
     nothing behind, and an old result as it was.
 
     Args:
-        model: the pruned Hugging Face model; dtypes are kept, tied tensors are stored once.
+        model: the pruned model; dtypes are kept, tied tensors are stored once.
         out: the folder to make, with its parents. An empty one that is there already is taken.
         plan: saved beside the weights.
         space: the dense model's Space: the plan must fit it.
@@ -51,42 +61,50 @@ def save(
         tokenizer: saved where the source has no tokenizer files.
         report: saved as report.json; infinities and NaN become the texts "inf", "-inf" and "nan".
         card: README.md; None makes it from the report, where there is one.
+        constructor: ``module:callable`` that builds the dense model, for what is no Hugging Face model.
+        arguments: keyword arguments of the constructor, as JSON can hold them.
         overwrite: replace `out`, if it is a model folder.
 
     Returns:
         `out`.
 
     Raises:
-        SecateurError: `out` is in the way or cannot be written; the plan does not fit; stock transformers cannot
-            describe the model.
+        SecateurError: `out` is in the way or cannot be written; the plan does not fit; the model is of a class that
+            transformers does not know, and no constructor is given; or what was cut of it cannot be recorded.
     """
     out = Path(out)
     target = check_out(out, overwrite=overwrite, source=source)
     if plan is not None and space is not None:
         plan.check(space)
-    check_stock(model, plan)
+    _check_model(model, constructor, arguments)
+    kind = "constructor" if constructor else "stock" if why_not_stock(model) is None else "modeling"
     texts = {}
     if report is not None:
         texts["report.json"] = json.dumps(json_values(report), indent=2, allow_nan=False) + "\n"
-        texts["README.md"] = model_card(report)
+        texts["README.md"] = model_card(report, kind=kind)
     if card is not None:
         texts["README.md"] = card
     with _whole_folder(target) as partial, _as_user_error(out):
-        _save_model(model, partial, source)
+        if constructor is not None:
+            save_built(model, partial, constructor, arguments or {})
+        else:
+            _save_model(model, partial, source, stock=kind == "stock")
         _save_tokenizer(tokenizer, partial, source)
         if plan is not None:
             plan.save(partial)
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        check_folder(partial)
+        if constructor is None:
+            check_folder(partial)
     return out
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | None = None) -> nn.Module:
-    """Load a saved result as stock transformers does, with the checks of `load.model.load_model`.
+    """Load a saved result, with the checks of `load.model.load_model`. No code of the folder is run.
 
     Args:
-        folder: what `save` wrote, or any other model folder or hub id.
+        folder: what `save` wrote, or any other model folder or hub id. If it was saved with a constructor, that is
+            imported, with the current directory on the path, and called.
         device: where the weights go.
         dtype: of the weights; None is the checkpoint's own.
 
@@ -94,59 +112,75 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | 
         The model in evaluation mode.
 
     Raises:
-        SecateurError: The folder is no whole model, or the dtype or device is unknown.
+        SecateurError: The folder is no whole model, its constructor fails or builds another model, or the dtype or
+            device is unknown.
     """
+    place = Path(folder).expanduser()
+    if (place / STRUCTURE).is_file():
+        return load_built(place, device=device, dtype=dtype)
     return load_model(folder, device=device, dtype=dtype)[0]
 
 
-def check_stock(model: nn.Module, plan: Plan | None = None) -> None:
-    """Check that the stock class, built from the model's own config, has the model's tensors.
+def _check_model(model: nn.Module, constructor: str | None, arguments: Mapping[str, Any] | None) -> None:
+    kind = type(model).__name__
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise SecateurError(f"{kind} is on the meta device: {name} has no values to save")
+    if constructor is not None:
+        return
+    if arguments is not None:
+        raise SecateurError(
+            "arguments are those of a constructor, and none is given; add constructor='module:callable'"
+        )
+    if not hasattr(type(model), "save_pretrained") or not hasattr(model, "config"):
+        raise SecateurError(
+            f"{kind} is no Hugging Face model; say what builds the dense model: constructor='module:callable'"
+        )
+
+
+def why_not_stock(model: Any) -> str | None:
+    """Why the stock class, built from the model's own config, is not this model; None if it is.
 
     Args:
-        model: the pruned model.
-        plan: what was cut, to name the reason.
+        model: the pruned Hugging Face model.
 
-    Raises:
-        SecateurError: It has not; names the first tensor that differs, with both shapes.
+    Returns:
+        In one line: what stock transformers cannot describe; the first tensor that differs, with both shapes.
     """
-    with quiet_transformers():
-        from transformers import PreTrainedModel
     kind = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise SecateurError(f"{kind} is no Hugging Face model, and only those are saved as a folder; use torch.save")
     if not type(model).__module__.startswith("transformers."):
-        raise SecateurError(f"stock transformers does not know {kind}, a class of {type(model).__module__}")
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-            raise SecateurError(f"{kind} is on the meta device: {name} has no values to save")
+        return f"stock transformers does not know {kind}, a class of {type(model).__module__}"
     cannot = "stock transformers cannot describe this result"
-    subs = [] if plan is None else [n for n in plan.dropped if n.split(".")[-1].isdecimal() is False]
-    fix = f"drop whole layers instead of {subs[0]}" if subs else "cut every layer to the same sizes"
     try:
         with quiet_transformers(), torch.device("meta"):
             config = type(model.config).from_dict(model.config.to_dict())
             stock = type(model)(config)
-    except Exception as error:  # config classes raise types of their own
+    except Exception as error:  # noqa: BLE001 - config classes raise types of their own
         text = " ".join(str(error).split())
-        raise SecateurError(f"{cannot}: {kind} rejects its config ({text[:300]}); {fix}") from error
+        return f"{cannot}: {kind} rejects its config ({text[:300]})"
     have, want = _shapes(model), _shapes(stock)
     for name in [*have, *(name for name in want if name not in have)]:
         if have.get(name) != want.get(name):
-            raise SecateurError(
-                f"{cannot}: {name} is {have.get(name, 'not there')} in the model, and {want.get(name, 'not there')} "
-                f"in a {kind} of its config; {fix}"
-            )
+            there, stocks = have.get(name, "not there"), want.get(name, "not there")
+            return f"{cannot}: {name} is {there} in the model, and {stocks} in a {kind} of its config"
+    # Surgery leaves numbers behind that no tensor shows, such as a factor that stood for a size; and of position tables
+    # that transformers computes anew, the units that stayed may be others.
+    other = stock_difference(model, stock) if was_cut(model) or unsaved(model) else None
+    return None if other is None else f"{cannot}: {other} is another in a {kind} of its config"
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(t.shape) for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
 
 
-def _save_model(model: Any, folder: Path, source: Source | None) -> None:
+def _save_model(model: Any, folder: Path, source: Source | None, *, stock: bool) -> None:
     """Config, generation config and weights; one file stays one, shards stay about as large as they were."""
     limit: int = _ONE_FILE
     if source is not None and source.shard_bytes is not None and len(source.files) > 1:
         limit = source.shard_bytes
+    if not stock:
+        save_cut(model, folder, max_shard_size=limit)
+        return
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size=limit)
 
@@ -225,8 +259,9 @@ def _not_replaceable(folder: Path) -> str | None:
     for place, what in ((Path.home(), "home"), (Path.cwd(), "working")):
         if place.resolve().is_relative_to(folder):
             return f"the {what} folder is in it"
-    if not _has_keys(folder / "config.json", "model_type") and not _has_keys(folder / "plan.json", "format", "axes"):
-        return "it is no model folder (it has neither a model's config.json nor a plan.json)"
+    signs = (("config.json", "model_type"), ("plan.json", "format", "axes"), (STRUCTURE, "format", "constructor"))
+    if not any(_has_keys(folder / name, *keys) for name, *keys in signs):
+        return f"it is no model folder (it has neither a model's config.json nor a plan.json or {STRUCTURE})"
     inside = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != "additional_chat_templates")
     if inside:
         return f"it holds other folders ({', '.join(inside[:3])})"
@@ -298,142 +333,3 @@ def _as_user_error(out: Path) -> Iterator[None]:
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise SecateurError(f"{out}: the result cannot be written, and nothing is left of it ({text[:300]})") from error
-
-
-# --- the card ---
-
-
-def model_card(report: Mapping[str, Any]) -> str:
-    """The README.md of a result: what was done to which model, what it cost, how to load and to replay it.
-
-    Args:
-        report: of the run; only what is there is written about.
-
-    Returns:
-        Markdown with YAML front matter.
-    """
-    origin = report.get("model", {})
-    name = str(origin.get("name", ""))
-    hub = is_hub_id(name)
-    shown = f"[{name}](https://huggingface.co/{name})" if hub else f"`{Path(name).name}`" if name else "a dense model"
-    lines = ["---", "library_name: transformers", "tags:", "- secateur", "- pruned"]
-    lines += [f"base_model: {name}"] if hub else []
-    title = f"{Path(name).name}, pruned" if name else "A pruned model"
-    method = f" by the method `{report['method']}`" if "method" in report else ""
-    version = f" {report['secateur']}" if "secateur" in report else ""
-    lines += ["---", "", f"# {title}", "", f"This is {shown}, pruned with Secateur{version}{method}."]
-    if not report.get("training"):
-        lines += ["Nothing was trained after the cut."]
-    lines += ["", *_facts(report)]
-    lines += _section("Sizes", _table("dimension", report.get("sizes", {})))
-    dropped = report.get("dropped") or []
-    lines += _section("Dropped", [", ".join(f"`{block}`" for block in dropped)] if dropped else [])
-    measured = report.get("measured", {})
-    on = measured.get("data") or report.get("data", {}).get("evaluation", "")
-    tokens = f"{measured['tokens']:,} tokens" if "tokens" in measured else ""
-    numbers = {key: value for key, value in measured.items() if key not in ("data", "tokens")}
-    table = _table("cost", {**report.get("costs", {}), **numbers})
-    note = " of ".join(filter(None, [tokens, f"`{_short(on)}`" if on else ""]))
-    lines += _section("What it cost", [*table, "", f"Quality was measured on {note}."] if table and note else table)
-    lines += _HOW_TO_LOAD
-    return "\n".join(lines).rstrip() + "\n"
-
-
-_HOW_TO_LOAD = """\
-## Use
-
-Stock transformers loads this folder; Secateur is not needed.
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-```
-
-`plan.json` and `plan.safetensors` say which units stayed. To make the same cut again, from the same dense model
-(repairs of the weights that stayed are in this checkpoint only):
-
-```python
-from pathlib import Path
-
-import secateur
-
-dense = secateur.load("path/to/the/dense/model")
-pruned = secateur.apply(dense, secateur.Plan.load(Path("path/to/this/folder")))
-```
-""".splitlines()
-
-
-def _facts(report: Mapping[str, Any]) -> list[str]:
-    """One line each for the budget, the options, the calibration data, the time and the dense model's fingerprint."""
-    lines = []
-    if "budget" in report:
-        lines.append(f"- budget: `{report['budget']}`")
-    if report.get("options"):
-        lines.append("- options: " + ", ".join(f"`{k}={_short(v)}`" for k, v in report["options"].items()))
-    known = {"data": report["data"]["calibration"]} if "calibration" in report.get("data", {}) else {}
-    data = {**known, **report.get("calibration", {})}
-    if data:
-        parts = [f"`{_short(data['data'])}`"] if "data" in data else []
-        parts += [f"{data[key]:,} {key}" for key in ("samples", "tokens") if data.get(key) is not None]
-        lines.append("- calibration data: " + ", ".join(parts))
-    if report.get("seconds"):
-        lines.append("- time: " + ", ".join(f"{what} {took:.1f} s" for what, took in report["seconds"].items()))
-    if report.get("model", {}).get("fingerprint"):
-        lines.append(f"- fingerprint of the dense model: `{report['model']['fingerprint']}`")
-    return lines
-
-
-def _section(title: str, body: Sequence[str]) -> list[str]:
-    return ["", f"## {title}", "", *body, ""] if body else []
-
-
-def _short(value: Any) -> str:
-    """A value in one line; of a path on this machine, only its last part."""
-    text = " ".join(str(value).split()).replace("`", "'")
-    return Path(text).name if text.startswith(("/", "~", "..")) else text
-
-
-_LABELS = {
-    "params": "parameters",
-    "perplexity": "perplexity",
-    "kl": "KL from the dense model (nats per token)",
-    "top1": "same most likely token as the dense model",
-}
-
-
-def _table(first: str, rows: Mapping[str, Any]) -> list[str]:
-    """A table of what was and what is; numbers that only the pruned model has stand in its column."""
-    lines = []
-    for name, value in rows.items():
-        label = _LABELS.get(name, name).replace("|", "\\|")
-        if isinstance(value, Mapping) and "kv_seq_len" in value:
-            label += f" (weights, and the KV cache of {value.get('kv_batch', 1)} x {value['kv_seq_len']:,} tokens)"
-        if isinstance(value, Mapping):
-            if "dense" not in value and "pruned" not in value:
-                continue
-            dense, pruned = value.get("dense"), value.get("pruned")
-            share = "" if name == "perplexity" else _change(dense, pruned)
-            lines.append(f"| {label} | {_number(name, dense)} | {_number(name, pruned)} | {share} |")
-        else:
-            lines.append(f"| {label} | | {_number(name, value)} | |")
-    return [f"| {first} | dense | pruned | pruned / dense |", "| --- | ---: | ---: | ---: |", *lines] if lines else []
-
-
-def _number(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value).replace("|", "\\|")
-    if name == "top1":
-        return f"{value:.2%}"
-    if name == "perplexity":
-        return f"{value:,.2f}"
-    if name in ("memory", "bytes") or name.endswith("_bytes"):
-        return f"{value / 2**20:,.1f} MiB"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e6 else f"{value:,.0f}"
-
-
-def _change(dense: Any, pruned: Any) -> str:
-    both = isinstance(dense, int | float) and isinstance(pruned, int | float)
-    return f"{pruned / dense:.1%}" if both and dense else ""

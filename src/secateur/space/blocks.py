@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 from torch import fx, nn
 
@@ -12,7 +11,8 @@ from secateur.space.flow import Flow, Value, module_of, op_name
 from secateur.space.types import Block
 
 _CONTRACTIONS = ("aten.linear", "aten.addmm", "aten.mm", "aten.matmul", "aten.bmm")
-_ATTENTION = ("aten.scaled_dot_product_attention", "aten.softmax", "aten._softmax")
+# What one position does with others: attention, or what stands in its place in a state-space layer.
+_MIXING = ("aten.scaled_dot_product_attention", "aten.softmax", "aten._softmax", "aten.conv1d", "aten.cumsum")
 _PASSING = ("aten.dropout", "aten.to", "aten.alias", "aten.contiguous", "aten.clone", "aten.type_as", "aten.mul")
 
 
@@ -21,6 +21,9 @@ class Layer:
     """One layer of a stack: its droppable parts and the dimension of the residual stream."""
 
     name: str
+    stack: str
+    count: int
+    """Layers of the stack."""
     residual: Term
     blocks: tuple[Block, ...]
 
@@ -47,11 +50,13 @@ class _Graph:
         modules = model.named_modules()
         self.children = {name: [f"{name}.{child}" for child, _ in module.named_children()] for name, module in modules}
         self.norms = {module for module, _ in flow.norms}
+        self.routed = {node for node, _ in flow.routed}
         self.inside: dict[str, list[fx.Node]] = defaultdict(list)
         for node in flow.order:
             stack = node.meta.get("nn_module_stack") or {}
             for path in dict.fromkeys(str(entry[0]) for entry in stack.values()):
                 self.inside[path].append(node)
+        self.used = set(flow.order)
         self.names: dict[str, str] = {}
         for node in flow.nodes:
             value = flow.nodes[node]
@@ -67,7 +72,11 @@ class _Graph:
         """Nodes of a module whose result is used outside of it."""
         nodes = self.inside[path]
         own = set(nodes)
-        return [n for n in nodes if self.live(n) and any(user not in own for user in n.users)]
+        return [n for n in nodes if self.live(n) and any(user not in own for user in self.users(n))]
+
+    def users(self, node: fx.Node) -> set[fx.Node]:
+        """Nodes that use a result for more than its shape."""
+        return self.used.intersection(node.users) | {user for user in node.users if user.op == "output"}
 
     def operands(self, path: str) -> list[fx.Node]:
         """Nodes outside of a module that feed it, parameters left out."""
@@ -97,27 +106,40 @@ class _Graph:
 
 def _layers_of(graph: _Graph, stack: str, count: int) -> Iterator[Layer]:
     paths = [f"{stack}.{i}" for i in range(count)]
-    if not all(graph.inside[path] for path in paths):
-        return
-    ends: list[tuple[fx.Node, fx.Node]] = []
-    for path in paths:
-        operands, results = graph.operands(path), graph.results(path)
-        if len(operands) != 1 or len(results) != 1 or graph.dims(operands[0]) != graph.dims(results[0]):
-            return
-        ends.append((operands[0], results[0]))
-    if any(after[0] is not before[1] for before, after in pairwise(ends)):
-        return
-    for index, (path, (_, result)) in enumerate(zip(paths, ends, strict=True)):
+    ends = _chain(graph, paths)
+    for index, (path, end) in enumerate(zip(paths, ends or (), strict=False)):
         own = frozenset(name for name in graph.parameters if name.startswith(f"{path}."))
-        block = Block(path, "layers", index, stack, own)
-        parts = tuple(_sublayers(graph, path, index, stack, result))
-        yield Layer(path, graph.dims(result)[-1], (block, *parts))
+        whole = (Block(path, "layers", index, stack, own),) if len(graph.results(path)) == 1 else ()
+        parts = tuple(_sublayers(graph, path, index, stack, end))
+        yield Layer(path, stack, count, graph.dims(end)[-1], (*whole, *parts))
+
+
+def _chain(graph: _Graph, paths: list[str]) -> list[fx.Node] | None:
+    """The result of each layer that the next one takes on; None where they are no such chain.
+
+    A layer may take more than that (encoder states) and give more (a position bias that others use, so it must stay).
+    """
+    ends: list[fx.Node] = []
+    for number, path in enumerate(paths):
+        operands, results = graph.operands(path), graph.results(path)
+        following = set(graph.inside[paths[number + 1]]) if number + 1 < len(paths) else None
+        before = [operand for operand in operands if not ends or operand is ends[-1]]
+        found = [r for r in results if any(graph.dims(r) == graph.dims(o) for o in before)]
+        if following is not None:
+            found = [r for r in found if following & graph.users(r)]
+        if len(found) != 1:
+            return None
+        if following is not None and not following >= graph.users(found[0]):
+            return None  # collected: one fewer would be missed
+        ends.append(found[0])
+    return ends
 
 
 def _sublayers(graph: _Graph, path: str, index: int, stack: str, result: fx.Node) -> Iterator[Block]:
     for child in graph.children[path]:
         nodes = graph.inside[child]
-        if not any(op_name(n) in _CONTRACTIONS for n in nodes):
+        routed = graph.routed.intersection(nodes)
+        if not routed and not any(op_name(n) in _CONTRACTIONS for n in nodes):
             continue
         outputs = graph.results(child)
         if len(outputs) != 1 or graph.dims(outputs[0]) != graph.dims(result):
@@ -125,10 +147,11 @@ def _sublayers(graph: _Graph, path: str, index: int, stack: str, result: fx.Node
         edge = _residual_add(graph, outputs[0])
         if edge is None:
             continue
-        kind = "attention" if any(op_name(n) in _ATTENTION for n in nodes) else "mlp"
+        mixes = any(op_name(n) in _MIXING for n in nodes) and not routed
         gone = graph.parameters_only_for(*edge, path, result)
+        gone = frozenset(n for n in gone if n.rpartition(".")[0] != path)  # the layer's own code reads these
         idle = tuple(dict.fromkeys(n.rpartition(".")[0] for n in sorted(gone) if not n.startswith(f"{child}.")))
-        yield Block(child, kind, index, stack, gone, idle)
+        yield Block(child, "attention" if mixes else "mlp", index, stack, gone, idle)
 
 
 def _residual_add(graph: _Graph, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

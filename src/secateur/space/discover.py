@@ -1,18 +1,20 @@
 """Discover the Space of a model: trace it, solve the dimension equations, name what is left free."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import nn
 
 from secateur.space import flow as flows
 from secateur.space.blocks import Layer, find_blocks
-from secateur.space.dims import Cat, Prod, Term, Var, leaves, product, resolve, size_of
+from secateur.space.dims import Prod, Term, Var, leaves, product, resolve
 from secateur.space.flow import Flow
+from secateur.space.kinds import Kinds, Place, slice_of
+from secateur.space.provenance import Recorder
 from secateur.space.scales import find_constants, find_scales, norm_weights
-from secateur.space.trace import export
+from secateur.space.trace import Inputs, batch_of, export
 from secateur.space.types import (
     Axis,
     Frozen,
@@ -21,18 +23,20 @@ from secateur.space.types import (
     Parameter,
     Polynomial,
     Reader,
+    Router,
     SizeLiteral,
-    Slice,
     Space,
+    Work,
 )
 
 
-def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Space:
+def discover(model: nn.Module, inputs: Inputs = None) -> Space:
     """Find every axis of a model that can be cut.
 
     Args:
         model: the model; meta tensors will do, since no weight is read.
-        inputs: keyword arguments for one forward pass; None for a Hugging Face language model.
+        inputs: arguments for one forward pass: a tensor, a tuple, or a mapping of keyword arguments; None for a
+            Hugging Face model.
 
     Returns:
         The Space: axes, blocks, readers, costs, and what is frozen and why.
@@ -40,52 +44,24 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Space
     Raises:
         SecateurError: when the model cannot be traced.
     """
-    names = _tied_names(model)
+    names = _tied_names(model.named_parameters(remove_duplicate=False))
+    names |= _tied_names(model.named_buffers(remove_duplicate=False))
     canonical = {alias: name for name, aliases in names.items() for alias in (name, *aliases)}
-    program = export(model, inputs)
+    program, recorder = export(model, inputs)
     flow = flows.run(program, canonical)
     layers = find_blocks(flow, model)
     buffers = dict(program.graph_signature.inputs_to_buffers)
-    return _Namer(flow, layers, dict(model.named_parameters()), names, buffers).space()
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    space = _Namer(flow, layers, tensors, names, buffers, recorder).space()
+    return replace(space, batch=batch_of(model, inputs))
 
 
-def _tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """First name of each parameter -> its other names."""
+def _tied_names(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[str, ...]]:
+    """First name of each tensor -> its other names."""
     by_id: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_id[id(parameter)].append(name)
+    for name, tensor in tensors:
+        by_id[id(tensor)].append(name)
     return {names[0]: tuple(names[1:]) for names in by_id.values()}
-
-
-@dataclass(frozen=True)
-class _Place:
-    """One occurrence of a variable in a parameter's dimension."""
-
-    parameter: str
-    dim: int
-    offset: int
-    loops: tuple[tuple[Var, int], ...]
-    """Enclosing outer factors (variable, stride), outermost first."""
-    inner: int
-
-
-def _places(parameter: str, dim: int, term: Term) -> Iterator[tuple[Var, _Place]]:
-    def walk(term: Term, offset: int, loops: tuple[tuple[Var, int], ...], inner: int) -> Iterator[tuple[Var, _Place]]:
-        if isinstance(term, Var):
-            yield term, _Place(parameter, dim, offset, loops, inner)
-        elif isinstance(term, Cat):
-            for segment in term.segments:
-                yield from walk(segment, offset, loops, inner)
-                offset += size_of(segment) * inner
-        else:
-            rest = inner * size_of(term)
-            for factor in term.factors:
-                rest //= size_of(factor)
-                yield from walk(factor, offset, loops, rest)
-                if isinstance(factor, Var):
-                    loops = (*loops, (factor, rest))
-
-    yield from walk(resolve(term), 0, (), 1)
 
 
 class _Namer:
@@ -95,35 +71,30 @@ class _Namer:
         self,
         flow: Flow,
         layers: Sequence[Layer],
-        parameters: Mapping[str, nn.Parameter],
+        tensors: Mapping[str, torch.Tensor],
         tied: Mapping[str, tuple[str, ...]],
         buffers: dict[str, str],
+        recorder: Recorder,
     ) -> None:
-        self.buffers = buffers
-        self.flow, self.layers, self.tensors, self.tied = flow, layers, parameters, tied
-        self.blocks = [block for layer in layers for block in layer.blocks]
-        self.residuals = {id(leaf) for layer in layers for leaf in leaves(layer.residual) if leaf.frozen is None}
-        self.places: dict[int, list[_Place]] = defaultdict(list)
-        self.vars: dict[int, Var] = {}
-        for name, value in flow.parameters.items():
-            for dim, term in enumerate(value.dims):
-                for var, place in _places(name, dim, term):
-                    self.places[id(var)].append(place)
-                    self.vars[id(var)] = var
-        self.groups = {key: _group_of(var, self.places[key]) for key, var in self.vars.items()}
-        self.counting = {id(g) for key, g in self.groups.items() if g is not None and self.vars[key].frozen is None}
+        self.buffers, self.recorder = buffers, recorder
+        self.flow, self.layers, self.tensors, self.tied = flow, layers, tensors, tied
+        found = [block for layer in layers for block in layer.blocks]
+        self.blocks = [replace(block, output=recorder.outputs.get(block.name)) for block in found]
+        self.kinds = Kinds(flow, layers)
         self.axes: dict[int, Axis] = {}
-        for key, var in self.vars.items():
-            if var.frozen is None and var.size > 1:
-                self.axes[key] = self._axis(var, self.places[key])
+        for key, var in self.kinds.vars.items():
+            stored = any(place.tensor in flow.parameters for place in self.kinds.places[key])
+            if var.frozen is None and var.size > 1 and stored:
+                self.axes[key] = self._axis(var)
         self._tell_apart()
 
     def space(self) -> Space:
         """Everything, in the order of the forward pass."""
-        order = {name: i for i, name in enumerate(self.flow.parameters)}
+        order = {name: i for i, name in enumerate([*self.flow.parameters, *self.flow.buffers])}
         axes = sorted(self.axes.values(), key=lambda a: (order[a.slices[0].parameter], a.parent is not None))
         parameters = {name: self._parameter(name) for name in self.flow.parameters}
-        untouched = [name for name in self.tensors if name not in parameters]
+        stored = [name for name, tensor in self.tensors.items() if isinstance(tensor, nn.Parameter)]
+        untouched = [name for name in stored if name not in parameters]
         for name in untouched:
             parameters[name] = self._plain_parameter(name)
         return Space(
@@ -134,39 +105,38 @@ class _Namer:
             norms=tuple(self._norms()),
             caches=tuple(self._caches()),
             frozen=tuple(self._frozen()),
-            literals=tuple(SizeLiteral(x.module, x.value, self._size(x.term)) for x in self.flow.literals),
+            literals=tuple(self._literals()),
             constants=tuple(find_constants(self.flow)),
             scales=tuple(find_scales(self.flow, self.buffers)),
+            buffers={name: self._parameter(name) for name in self.flow.buffers if self._touched(name)},
+            stacks={layer.stack: layer.count for layer in self.layers},
+            work=tuple(self._work()),
+            routers=tuple(self._routers()),
             idle_parameters=tuple(untouched),
         )
 
-    def _axis(self, var: Var, places: Sequence[_Place]) -> Axis:
-        group = self.groups[id(var)]
-        kind = self._kind(var, group)
+    def _axis(self, var: Var) -> Axis:
+        group, places = self.kinds.groups[id(var)], self.kinds.places[id(var)]
+        kind = self.kinds.of(var)
         groups = 1 if group is None else group.size
-        slices = tuple(_slice(var, group, place) for place in places)
+        slices = tuple(slice_of(var, group, place) for place in places)
         block = self._block_of(places)
-        name = "hidden" if kind == "hidden" else f"{self._owner(places)}.{kind}"
-        return Axis(name, kind, var.size * groups, slices, groups=groups, block=block)
+        residual = kind in ("hidden", "channels") and id(var) in self.kinds.residuals
+        owner = self._stack_of(var) if residual else self.kinds.owner(places)
+        name = f"{owner}.{kind}".lstrip(".")
+        return Axis(name, kind, var.size * groups, slices, groups, block=block, minimum=self.kinds.minimum(var))
 
-    def _kind(self, var: Var, group: Var | None) -> str:
-        if id(var) in self.residuals:
-            return "hidden"
-        if group is not None:
-            return "heads"
-        if "heads" in var.roles:
-            return "kv_groups" if id(var) in self.counting else "heads"
-        return "head_dim" if "head_dim" in var.roles else "ffn"
+    def _stack_of(self, var: Var) -> str:
+        """What to call a residual stream: nothing where there is one, else the path of its first stack."""
+        streams: dict[int, str] = {}
+        for layer in self.layers:
+            for leaf in leaves(layer.residual):
+                streams.setdefault(id(leaf), layer.stack)
+        live = [key for key in streams if key in self.kinds.residuals]
+        return "" if len(live) == 1 else streams[id(var)].rpartition(".")[0] or streams[id(var)]
 
-    def _owner(self, places: Sequence[_Place]) -> str:
-        """The module that makes the units: the parent of the first projection that has them as outputs."""
-        outputs = {(r.parameter, r.out_dim): r.module for r in self.flow.reads}
-        made = [p for p in places if (p.parameter, p.dim) in outputs]
-        module = outputs[made[0].parameter, made[0].dim] if made else places[0].parameter.rpartition(".")[0]
-        return module.rpartition(".")[0] or module or "root"
-
-    def _block_of(self, places: Sequence[_Place]) -> str | None:
-        found = {self._layer_of(place.parameter) for place in places}
+    def _block_of(self, places: Sequence[Place]) -> str | None:
+        found = {self._layer_of(place.tensor) for place in places}
         return found.pop() if len(found) == 1 else None
 
     def _layer_of(self, path: str) -> str | None:
@@ -181,7 +151,7 @@ class _Namer:
                 self.axes[key] = replace(axis, name=f"{axis.name}.{seen[axis.name]}")
         for key, axis in self.axes.items():
             if axis.groups > 1:
-                group = self.groups[key]
+                group = self.kinds.groups[key]
                 if group is not None and id(group) in self.axes:
                     self.axes[key] = replace(axis, parent=self.axes[id(group)].name)
 
@@ -195,7 +165,8 @@ class _Namer:
 
     def _parameter(self, name: str) -> Parameter:
         tensor = self.tensors[name]
-        dims = tuple(self._size(term) for term in self.flow.parameters[name].dims)
+        value = self.flow.parameters.get(name) or self.flow.buffers[name]
+        dims = tuple(self._size(term) for term in value.dims)
         return Parameter(
             name, tuple(tensor.shape), tensor.dtype, _times(dims), dims, tuple(self.tied[name]), self._layer_of(name)
         )
@@ -207,6 +178,28 @@ class _Namer:
             name, tuple(tensor.shape), tensor.dtype, {(): tensor.numel()}, dims, tuple(self.tied[name]),
             self._layer_of(name),
         )  # fmt: skip
+
+    def _literals(self) -> Iterator[SizeLiteral]:
+        for x in self.flow.literals:
+            source = self.recorder.source(x.node, x.numbers, x.place, x.named)
+            yield SizeLiteral(x.module, x.value, self._size(x.term), source)
+
+    def _touched(self, name: str) -> bool:
+        return any(id(leaf) in self.axes for term in self.flow.buffers[name].dims for leaf in leaves(term))
+
+    def _work(self) -> Iterator[Work]:
+        for work in self.flow.work:
+            size = _times([self._size(term) for term in work.terms])
+            macs = {names: count * work.factor for names, count in size.items()}
+            yield Work(work.module, self._layer_of(f"{work.module}."), macs)
+
+    def _routers(self) -> Iterator[Router]:
+        for node, term in self.flow.routed:
+            weight = self.flow.value(node.args[1])
+            for leaf in leaves(term):
+                if id(leaf) in self.axes and weight.source is not None:
+                    least = self.axes[id(leaf)].minimum
+                    yield Router(flows.module_of(node), self.axes[id(leaf)].name, weight.source[0], least)
 
     def _norms(self) -> Iterator[Norm]:
         weights = norm_weights(self.flow)
@@ -229,28 +222,6 @@ class _Namer:
                 reasons = dict.fromkeys(leaf.frozen for leaf in leaves(term) if leaf.frozen and leaf.size > 1)
                 for reason in reasons:
                     yield Frozen(name, dim, str(reason))
-
-
-def _group_of(var: Var, places: Sequence[_Place]) -> Var | None:
-    """The variable that `var` always stands directly inside of, where each of its units may choose for itself.
-
-    Only query heads that share a key-value head are such: the tile of the keys says so.
-    """
-    if not var.tile or "heads" not in var.roles or not places:
-        return None
-    outers = {id(place.loops[-1][0]) if place.loops else None for place in places}
-    adjacent = all(place.loops and place.loops[-1][1] == var.size * place.inner for place in places)
-    return places[0].loops[-1][0] if len(outers) == 1 and adjacent else None
-
-
-def _slice(var: Var, group: Var | None, place: _Place) -> Slice:
-    units: tuple[tuple[int, int], ...] = ((var.size, place.inner),)
-    loops = place.loops
-    if group is not None:
-        units = ((group.size, loops[-1][1]), *units)
-        loops = loops[:-1]
-    outer = tuple((loop.size, stride) for loop, stride in loops)
-    return Slice(place.parameter, place.dim, place.offset, units, outer, place.inner)
 
 
 def _times(parts: Sequence[Polynomial]) -> Polynomial:

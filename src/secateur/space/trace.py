@@ -1,35 +1,50 @@
 """Export a model to an ATen graph on fake tensors: no weight is read, no memory is taken for it."""
 
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from secateur.errors import SecateurError
 from secateur.load.mode import evaluating
+from secateur.space.inputs import example_inputs
+from secateur.space.provenance import Recorder, tagging
 
-_PRIMES = (13, 11, 17, 7, 19, 23, 29, 31, 37, 41, 43)
+_TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+Inputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | None
+"""Arguments of a forward pass: by name, by place, or one tensor; None where a Hugging Face model has its own."""
 
 
-def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Token ids [batch, positions] for a Hugging Face language model.
+def arguments(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, keyword) arguments of one forward pass.
 
-    Both sizes are primes that divide no dimension of the model, so that no size can be taken for another.
+    Raises:
+        SecateurError: for None, where the model has no default inputs; for inputs of another type.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "vocab_size"):
-        raise SecateurError("only Hugging Face language models have default inputs: pass `inputs`, a dict of arguments")
-    sizes = {n for p in model.parameters() for n in p.shape}
-    free = [p for p in _PRIMES if all(n % p for n in sizes)] or list(_PRIMES)
-    device = next(model.parameters()).device
-    batch = 3 if all(n % 3 for n in sizes) else 5 if free[0] != 5 else 3
-    ids = torch.zeros(batch, free[0], dtype=torch.long, device=device)
-    return {"input_ids": ids, "use_cache": False}
+    if inputs is None:
+        return (), dict(example_inputs(model))
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, list | tuple):
+        return tuple(inputs), {}
+    raise SecateurError(f"inputs must be a tensor, a tuple or a mapping of arguments, not {type(inputs).__name__}")
+
+
+def batch_of(model: nn.Module, inputs: Inputs) -> int:
+    """Samples in the inputs: the first size of the first tensor."""
+    leaves = pytree.tree_leaves(arguments(model, inputs))
+    sizes = [x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()]
+    return int(sizes[0]) if sizes else 1
 
 
 @contextmanager
@@ -46,27 +61,59 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
-def export(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ExportedProgram:
-    """Trace `model` in eval mode.
+def export(model: nn.Module, inputs: Inputs = None) -> tuple[ExportedProgram, Recorder]:
+    """Trace `model` in eval mode; also where the whole numbers in its graph come from.
 
     Args:
         model: any module; its parameters may be on the meta device.
-        inputs: keyword arguments of its forward; None for a Hugging Face language model.
+        inputs: see `Inputs`.
 
     Raises:
         SecateurError: when torch.export cannot follow the forward pass.
     """
-    kwargs = dict(example_inputs(model) if inputs is None else inputs)
+    args, kwargs = arguments(model, inputs)
     silenced = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch prints graphs and tracebacks of errors that we report in a line
     try:
-        with evaluating(model), _untouched(model), warnings.catch_warnings(), torch.no_grad():
+        with evaluating(model), _untouched(model), _plain_attention(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, (), kwargs, strict=False)
+            with tagging(model) as recorder:
+                return torch.export.export(model, args, kwargs, strict=False), recorder
     except Exception as error:  # torch.export raises whatever the user's own code raises
-        first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        raise SecateurError(
-            f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {first}"
-        ) from error
+        raise SecateurError(_explained(model, error)) from error
     finally:
         logging.disable(silenced)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keep nn.MultiheadAttention and nn.TransformerEncoder from their fused kernels, which hide what they compute."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+_ADVICE = (
+    (
+        "DataDependent",
+        "the code branches on a tensor's value: make the branch a torch.where or torch.cond, or skip it when "
+        "torch.compiler.is_exporting()",
+    ),
+    ("unbacked", "a shape depends on a tensor's value: give it a fixed size while torch.compiler.is_exporting()"),
+    ("shapes cannot be multiplied", "the inputs do not fit the model: pass `inputs` of the shapes that it takes"),
+    ("argument", "the inputs do not fit the forward pass: pass `inputs` with the arguments that it takes"),
+    ("size of tensor", "the inputs do not fit the model: pass `inputs` of the shapes that it takes"),
+)
+
+
+def _explained(model: nn.Module, error: BaseException) -> str:
+    """What stopped the trace, at which line of the user's code, and what to do."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, _HERE, "<"))]
+    where = f" at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
+    advice = next((advice for sign, advice in _ADVICE if sign in f"{type(error).__name__} {error}"), None)
+    return f"torch.export cannot trace {type(model).__name__}{where}: {text}{'; ' + advice if advice else ''}"

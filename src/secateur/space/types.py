@@ -1,10 +1,13 @@
 """The nouns of the Space: axes, slices, blocks, and who reads whom."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
+
+from secateur.space.provenance import Expression
 
 Polynomial = Mapping[tuple[str, ...], float]
 """A cost as a sum of products of axis lengths: {(axis, axis...): coefficient}; () is the constant."""
@@ -53,6 +56,8 @@ class Axis:
     """The axis that counts the groups, where that is one."""
     block: str | None = None
     """The block that it lies in; None where it runs through several."""
+    minimum: int = 1
+    """Units that must stay: the experts that a router chooses for each token."""
 
     @property
     def per_group(self) -> int:
@@ -74,6 +79,8 @@ class Block:
     """Parameters that nothing else needs."""
     idle: tuple[str, ...] = ()
     """Modules outside of it (its norms) that do nothing once it is gone."""
+    output: Any = None
+    """Structure of what it returns: "tensor" for a tensor, None for anything else."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,8 @@ class SizeLiteral:
     module: str
     value: int
     size: Polynomial
+    source: Expression | None = None
+    """The attributes that it came from; None where the code wrote it out, or took it from a shape."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,29 @@ class KVCache:
     module: str
     block: str | None
     size: Polynomial
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates of one operator on the example inputs."""
+
+    module: str
+    block: str | None
+    macs: Polynomial
+    routed: str | None = None
+    """The axis of experts, of which each row meets only some: a row is counted once for each that it meets."""
+
+
+@dataclass(frozen=True)
+class Router:
+    """A mixture of experts: which of them each token meets, and where their results come out."""
+
+    module: str
+    axis: str
+    parameter: str
+    """The stacked weights [experts, ...] whose results are the experts' own."""
+    active: int
+    """Experts that each token meets."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +182,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Constant:
-    """Floating-point literals of one operator in `module`: they must not change when axes are cut."""
+    """Numbers of one operator in `module` that are no sizes: they must not change when axes are cut."""
 
     module: str
     operator: str
@@ -171,6 +203,14 @@ class Space:
     literals: tuple[SizeLiteral, ...]
     constants: tuple[Constant, ...]
     scales: tuple[Scale, ...]
+    buffers: Mapping[str, Parameter] = field(default_factory=dict)
+    """Buffers of the state that axes run through (the running statistics of batch norm)."""
+    stacks: Mapping[str, int] = field(default_factory=dict)
+    """Path of a list of layers -> how many it has, those that must stay among them."""
+    work: tuple[Work, ...] = ()
+    routers: tuple[Router, ...] = ()
+    batch: int = 1
+    """Samples in the example inputs."""
     idle_parameters: tuple[str, ...] = ()
     """Parameters that the traced forward pass never touched."""
 
@@ -180,6 +220,10 @@ class Space:
             if axis.name == name:
                 return axis
         raise KeyError(name)
+
+    def tensor(self, name: str) -> Parameter:
+        """The parameter or buffer of that name; KeyError otherwise."""
+        return self.parameters[name] if name in self.parameters else self.buffers[name]
 
     def of_kind(self, kind: str) -> tuple[Axis, ...]:
         """All axes of a kind, in the order of the forward pass."""
@@ -192,6 +236,36 @@ class Space:
     def layers(self) -> tuple[Block, ...]:
         """The droppable layers, in order."""
         return tuple(block for block in self.blocks if block.kind == "layers")
+
+    def fixed(self, gone: Mapping[str, Axis]) -> "Space":
+        """The same where these axes are axes no more: their lengths are constants in every cost."""
+        at = {name: float(axis.per_group) for name, axis in gone.items()}
+
+        def fix(size: Polynomial) -> Polynomial:
+            new: dict[tuple[str, ...], float] = {}
+            for names, coefficient in size.items():
+                rest = tuple(name for name in names if name not in at)
+                new[rest] = new.get(rest, 0) + coefficient * prod(at[name] for name in names if name in at)
+            return new
+
+        def fix_tensor(tensor: Parameter) -> Parameter:
+            return replace(tensor, size=fix(tensor.size), dims=tuple(map(fix, tensor.dims)))
+
+        return replace(
+            self,
+            axes=tuple(axis for axis in self.axes if axis.name not in gone),
+            parameters={name: fix_tensor(p) for name, p in self.parameters.items()},
+            buffers={name: fix_tensor(p) for name, p in self.buffers.items()},
+            norms=tuple(norm for norm in self.norms if norm.axis not in gone),
+            caches=tuple(replace(cache, size=fix(cache.size)) for cache in self.caches),
+            literals=tuple(replace(literal, size=fix(literal.size)) for literal in self.literals),
+            work=tuple(replace(work, macs=fix(work.macs)) for work in self.work),
+            routers=tuple(router for router in self.routers if router.axis not in gone),
+        )
+
+    def gone_layers(self, dropped: Sequence[str]) -> dict[str, list[bool]]:
+        """For each list of layers: whether each is among the dropped blocks."""
+        return {path: [f"{path}.{i}" in dropped for i in range(count)] for path, count in self.stacks.items()}
 
     def consumers(self, axis: Axis) -> Iterator[tuple[Reader, Slice]]:
         """Who reads the units of an axis: each contraction whose weight has the axis on its input dimension."""

@@ -1,0 +1,230 @@
+"""Structural pruning of any module: units of all axes are ranked by a criterion and go until the budget is met.
+
+Groups of coupled weights go together, as in Fang et al. 2023, "DepGraph: Towards Any Structural Pruning"
+(arXiv:2301.12900); isomorphic ranking is that of Fang et al. 2024, "Isomorphic Pruning for Vision Models"
+(arXiv:2407.04616).
+"""
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.choose.budget import Budget
+from secateur.choose.cost import Workload, polynomials
+from secateur.choose.ladder import Ladder, Meter, in_order, ladder, plan_of, settle
+from secateur.choose.select import check_divisors, choose_axes, divisor_of, least_units
+from secateur.errors import SecateurError, nearest
+from secateur.load.batches import Batch, size_of
+from secateur.load.model import sliding_window
+from secateur.methods.base import Decision
+from secateur.progress import Track, quiet
+from secateur.score import gradients, reads, weights
+from secateur.space import Axis, Polynomial, Space, discover
+from secateur.space.trace import Inputs
+
+MEASURES = ("params", "active_params", "macs", "flops", "memory")
+FROM_WEIGHTS = ("magnitude_l2", "magnitude_l1", "batch_norm", "lamp", "fpgm", "random")
+FROM_DATA = ("taylor", "taylor_squared", "fisher", "activation")
+COMPARABLE = ("lamp", "random")
+"""Criteria whose scores mean the same in every axis."""
+SCOPES = ("global", "isomorphic", "local")
+
+
+def structural(
+    model: nn.Module,
+    budget: Budget,
+    data: Sequence[Batch] = (),
+    *,
+    inputs: Inputs = None,
+    criterion: str = "magnitude_l2",
+    scope: str = "global",
+    normalize: bool | None = None,
+    uniform: bool | None = None,
+    keep_at_least: float = 0.1,
+    limits: Mapping[str, float] | None = None,
+    ignore: Sequence[str] = (),
+    only: Sequence[str] = (),
+    round_to: int | Mapping[str, int] | None = None,
+    loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+    seed: int = 0,
+    kv_batch: int = 1,
+    kv_seq_len: int = 4096,
+    stored_dtype: torch.dtype | None = None,
+    track: Track = quiet,
+) -> Decision:
+    """Decide a plan by ranking the units of all axes.
+
+    Args:
+        model: any module.
+        budget: limits on params, macs, flops (two for each mac) and memory; all of several must hold. The result lies
+            below the limits by less than the cheapest unit that could be given back. MACs are those of one sample of
+            the example inputs.
+        data: batches for the criteria that need data: tensors, mappings or (inputs, targets).
+        inputs: arguments of one forward pass, to trace the model with: a tensor, a tuple or a mapping; not needed for
+            Hugging Face models.
+        criterion: what a unit is worth: magnitude_l1, magnitude_l2, batch_norm, lamp, fpgm, random; with data taylor,
+            taylor_squared, fisher, activation.
+        scope: what is ranked together: global, all units; isomorphic, those of axes with the same structure; local,
+            those of each axis alone, so that every axis loses the same share.
+        normalize: divide the scores of each axis by their mean before they are compared with other axes; by default
+            with scope global, and not for lamp and random, which are comparable as they are.
+        uniform: keep axes of one kind and size alike in all layers; by default for Hugging Face models, because stock
+            loaders take only those.
+        keep_at_least: share of every axis that stays.
+        limits: kind, or pattern of axis or module names -> the largest share that may go.
+        ignore: kinds, and patterns of axis or module names: their units stay. A module means every axis that runs
+            through its parameters, on the side of its inputs too.
+        only: kinds and patterns of what may go; everything by default but head_dim, ssm_head_dim and rank.
+        round_to: of what the sizes that are cut are multiples, for all kinds or for each.
+        loss: (model, batch) -> scalar for taylor, taylor_squared and fisher; by default the model's own loss, or cross
+            entropy for (inputs, targets).
+        seed: of the criterion random.
+        kv_batch: sequences whose KV cache the memory budget counts.
+        kv_seq_len: positions of each.
+        stored_dtype: type of the weights and the cache that the memory budget counts; the model's own by default.
+        track: shows progress.
+
+    Raises:
+        SecateurError: for unknown names, options that contradict, missing data, a budget that cannot be met.
+    """
+    _check(criterion, scope, budget, data, loss)
+    begin = time.perf_counter()
+    space = discover(model, inputs)
+    traced = time.perf_counter()
+    modules = [name for name, _ in model.named_modules()]
+    axes = choose_axes(space, modules, only, ignore)
+    check_divisors(round_to, [axis.kind for axis in axes])
+    least = least_units(space, modules, axes, keep_at_least, limits or {})
+    workload = Workload(kv_batch, kv_seq_len, sliding_window(getattr(model, "config", None)), stored_dtype)
+    costs = _limited(space, workload, budget)
+    allowed = _allowed(space, costs, budget)
+    scores = _scores(model, space, axes, data, criterion, loss, seed, track)
+    scored = time.perf_counter()
+    divide = scope == "global" and criterion not in COMPARABLE if normalize is None else normalize
+    compared = {name: _by_mean(values) if divide else values for name, values in scores.items()}
+    alike = uniform if uniform is not None else hasattr(type(model), "from_pretrained")
+    ladders = [
+        ladder(group, compared, max(least[axis.name] for axis in group), divisor_of(group[0], round_to))
+        for group in _together(axes, alike)
+    ]
+    ladders = [found for found in ladders if len(found.sizes) > 1]
+    if not ladders:
+        raise SecateurError("keep_at_least, limits and round_to leave nothing to cut: allow more")
+    meter = Meter(space, ladders, costs)
+    try:
+        levels = settle(in_order(ladders, _classes(ladders, space, model, scope)), meter, allowed)
+    except SecateurError as error:
+        raise SecateurError(f"{error}; allow more: a lower keep_at_least, fewer limits, ignore or only") from None
+    plan = plan_of(ladders, levels, scores)
+    seconds = {"tracing": traced - begin, "scoring": scored - traced, "ranking": time.perf_counter() - scored}
+    reached = {m: {"limit": limit, "reached": meter(levels)[m]} for m, limit in allowed.items()}
+    samples = sum(map(size_of, data)) if criterion in FROM_DATA else 0
+    details = {"criterion": criterion, "scope": scope, "normalized": divide, "uniform": alike, "target": reached}
+    return Decision(plan, space, {**details, "calibration": {"samples": samples}, "seconds": seconds})
+
+
+def _check(criterion: str, scope: str, budget: Budget, data: Sequence[Batch], loss: Any) -> None:
+    known = [*FROM_WEIGHTS, *FROM_DATA]
+    if criterion not in known:
+        raise SecateurError(f"there is no criterion {criterion!r}{nearest(criterion, known)}")
+    if scope not in SCOPES:
+        raise SecateurError(f"there is no scope {scope!r}{nearest(scope, SCOPES)}")
+    if criterion in FROM_DATA and not data:
+        raise SecateurError(
+            f"criterion {criterion} needs data: give batches, or 'self' for a language model that writes its own"
+        )
+    if loss is not None and criterion not in ("taylor", "taylor_squared", "fisher"):
+        raise SecateurError(f"criterion {criterion} takes no loss; taylor, taylor_squared and fisher do")
+    if budget.dims:
+        raise SecateurError("structural takes a budget, such as macs=50%, and no exact dims")
+    unserved = [m for m in budget.limits if m not in MEASURES] + (["n:m"] if budget.n_m else [])
+    if unserved or not budget.limits:
+        what = f"a budget of {unserved[0]} is not served by structural" if unserved else "no budget is given"
+        raise SecateurError(f"{what}: it takes {', '.join(MEASURES)}")
+
+
+def _limited(space: Space, workload: Workload, budget: Budget) -> dict[str, Polynomial]:
+    """The polynomials of what the budget limits."""
+    costs = dict(polynomials(space, workload))
+    costs["flops"] = {names: 2 * count for names, count in costs["macs"].items()}
+    if "active_params" in budget.limits and "active_params" not in costs:
+        if space.routers:
+            raise SecateurError("a budget of active_params is not served by structural for models with experts")
+        costs["active_params"] = costs["params"]
+    for measure in budget.limits:
+        if not costs[measure]:
+            raise SecateurError(f"the budget limits {measure}, and the model has none that are counted")
+    return {measure: costs[measure] for measure in budget.limits}
+
+
+def _allowed(space: Space, costs: Mapping[str, Polynomial], budget: Budget) -> dict[str, float]:
+    """Limits in units of the measures."""
+    dense = Meter(space, [], costs)(torch.zeros(0, dtype=torch.int64).numpy())
+    allowed = {measure: limit.absolute(dense[measure]) for measure, limit in budget.limits.items()}
+    if all(dense[measure] <= limit for measure, limit in allowed.items()):
+        have = ", ".join(f"{dense[m]:,.0f} {m}" for m in allowed)
+        raise SecateurError(f"the model keeps the budget {budget} already ({have}): nothing would be cut")
+    return allowed
+
+
+def _scores(
+    model: nn.Module, space: Space, axes: Sequence[Axis], data: Sequence[Batch], criterion: str,
+    loss: Callable[[nn.Module, Any], torch.Tensor] | None, seed: int, track: Track,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    match criterion:
+        case "magnitude_l1" | "magnitude_l2":
+            found = weights.magnitude(model, space, axes, p=int(criterion[-1]))
+        case "batch_norm":
+            found = weights.batch_norm(model, space, axes)
+        case "lamp":
+            found = weights.lamp(model, space, axes)
+        case "fpgm":
+            found = weights.fpgm(model, space, axes)
+        case "random":
+            found = weights.random_scores(space, axes, seed=seed)
+        case "activation":
+            found = reads.activation(model, space, data, axes, track=track)
+        case _:
+            function = {"taylor": gradients.taylor, "taylor_squared": gradients.taylor_squared}
+            found = function.get(criterion, gradients.fisher)(model, space, data, axes, loss=loss, track=track)
+    for name, values in found.items():
+        if not bool(torch.isfinite(values).all()):
+            raise SecateurError(f"criterion {criterion}: scores of {name} are not finite: check the weights and dtype")
+    return found
+
+
+def _by_mean(values: torch.Tensor) -> torch.Tensor:
+    mean = values.double().mean()
+    return values.double() / mean if mean > 0 else values.double()
+
+
+def _together(axes: Sequence[Axis], alike: bool) -> list[list[Axis]]:
+    """Axes that go down in lockstep: with `alike`, those of one kind and shape in all layers; else each alone."""
+    found: dict[Hashable, list[Axis]] = {}
+    for axis in axes:
+        shared = alike and axis.block is not None
+        key = (axis.kind, axis.size, axis.groups, axis.minimum) if shared else axis.name
+        found.setdefault(key, []).append(axis)
+    return list(found.values())
+
+
+def _classes(ladders: Sequence[Ladder], space: Space, model: nn.Module, scope: str) -> list[Hashable]:
+    """What is ranked together: everything; what has the same structure; or nothing."""
+    if scope == "local":
+        return list(range(len(ladders)))
+    return [_structure(found.axes[0], space, model) if scope == "isomorphic" else None for found in ladders]
+
+
+def _structure(axis: Axis, space: Space, model: nn.Module) -> Hashable:
+    """What an axis runs through, without names and sizes: isomorphic axes have the same."""
+    shapes = []
+    for part in axis.slices:
+        path, _, leaf = part.parameter.rpartition(".")
+        module = model.get_submodule(path)
+        kernel = tuple(getattr(module, "kernel_size", None) or ())
+        rank = len(space.tensor(part.parameter).shape)
+        shapes.append((type(module).__name__, leaf, part.dim, rank, kernel, len(part.outer)))
+    return axis.kind, axis.groups > 1, tuple(sorted(shapes))
