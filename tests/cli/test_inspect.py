@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from cli_models import save_model
+from tiny import tiny
 
 from secateur.cli import main, tables
+from secateur.space.inputs import example_inputs
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,9 @@ def test_json_is_one_object_and_nothing_else(folder: Path, capsys: pytest.Captur
     assert found["class"] == "LlamaForCausalLM"
     assert found["blocks"] == {"layers": 2, "attention": 2, "mlp": 2}
     params = 320 * 48 + 2 * (48 * 48 + 2 * 48 * 24 + 48 * 48 + 3 * 48 * 80 + 2 * 48) + 48
-    macs = found["costs"].pop("macs")
+    rows = example_inputs(tiny("llama", dtype=torch.float32))["input_ids"].shape[1]
+    linear = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 80) + 320 * 48
+    assert found["costs"].pop("macs") == rows * linear + 2 * 2 * rows * rows * 48
     assert found["costs"] == {"params": params, "memory": 4 * params + 2 * 10 * 4 * 2 * 48}
     assert any("looked up by number" in reason for reason in found["frozen"])
     assert "axes" not in found

@@ -38,7 +38,7 @@ def test_magnitude_is_that_of_the_whole_group(p: int) -> None:
         assert found[name].dtype == torch.float32
         assert found[name].shape == (size,)
         for unit in range(size):
-            expected = sum(float(w.abs().pow(p).sum()) for w in weights_of(net, unit, stream=name == stream))
+            expected = sum(w.abs().pow(p).sum().item() for w in weights_of(net, unit, stream=name == stream))
             assert float(found[name][unit]) == pytest.approx(expected, rel=1e-5)
 
 
@@ -50,19 +50,20 @@ def test_magnitude_of_heads_counts_all_their_rows() -> None:
     for head, score in enumerate(magnitude(model, space, [axis])[axis.name].tolist()):
         rows = slice(12 * head, 12 * head + 12)
         own = (attention.q_proj.weight[rows], attention.o_proj.weight[:, rows])
-        assert score == pytest.approx(sum(float(w.square().sum()) for w in own), rel=1e-5)
+        assert score == pytest.approx(sum(w.square().sum().item() for w in own), rel=1e-5)
 
 
 def test_magnitude_of_grouped_channels() -> None:
-    """Input channels of a grouped convolution are stored once for each group."""
+    """A unit of one of the groups: its filter, its scale, and four columns of what reads it after the flattening."""
     net = shaken(Mobile())
     space = discover(net, pictures())
-    axis = next(a for a in space.axes if any(s.parameter == "norm.weight" for s in a.slices))
+    axis = next(a for a in space.axes if a.size == 16)
+    assert axis.groups == 4
     found = magnitude(net, space, [axis], p=1)[axis.name]
     for unit in range(16):
         columns = slice(4 * unit, 4 * unit + 4)
         own = (net.grouped.weight[unit], net.norm.weight[unit], net.fc.weight[:, columns])
-        assert float(found[unit]) == pytest.approx(sum(float(w.abs().sum()) for w in own), rel=1e-5)
+        assert float(found[unit]) == pytest.approx(sum(w.abs().sum().item() for w in own), rel=1e-5)
 
 
 def test_lamp_divides_by_all_that_is_not_smaller() -> None:

@@ -253,16 +253,17 @@ class Odd(nn.Module):
 
 MIX = torch.randn(14, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 FREEZING: dict[str, tuple[Any, str]] = {
-    "einsum": (lambda x: torch.einsum("bsi,ij->bsj", x, MIX.to(x.device)), "einsum"),
+    "einsum": (lambda x: torch.einsum("bsi,ij->bsj", x, MIX.to(x.device)), "written out in the code"),
+    "kron": (lambda x: torch.kron(x, torch.ones(1, 1, 1, dtype=x.dtype)), "no rule for this operator"),
     "cumsum": (lambda x: x.cumsum(-1), "cumsum"),
     "sort": (lambda x: x.sort(-1).values, "sort"),
     "flip": (lambda x: x.flip(-1), "flip"),
     "roll": (lambda x: x.roll(1, -1), "roll"),
     "index": (lambda x: x[..., torch.arange(13, -1, -1)], "index"),
     "softmax": (lambda x: x.softmax(-1), "every unit depends on every other"),
-    "every second": (lambda x: torch.cat([x[..., ::2], x[..., 1::2]], -1), "every 2th unit"),
+    "every third": (lambda x: torch.cat([x[..., ::3], x[..., 1::3], x[..., 2::3]], -1), "every 3th unit"),
     "unbind": (lambda x: torch.stack(x.unbind(-1), -1), "taken apart"),
-    "sum": (lambda x: x - x.sum(-1, keepdim=True), "sum"),
+    "sum": (lambda x: x - x.sigmoid().sum(-1, keepdim=True), "makes something of zeros"),
     "amax": (lambda x: x - x.amax(-1, keepdim=True), "amax"),
 }
 
@@ -277,7 +278,25 @@ def test_what_cannot_be_followed_is_frozen_with_a_reason(name: str) -> None:
     assert any((f.parameter, f.dim) == ("second.weight", 1) for f in space.frozen)
 
 
-def test_einsum_with_a_parameter_freezes_both_sides() -> None:
+FOLLOWED: dict[str, tuple[Any, int]] = {
+    "every second": (lambda x: torch.cat([x[..., ::2], x[..., 1::2]], -1), 7),  # pairs go together
+    "sum": (lambda x: x - x.sum(-1, keepdim=True), 14),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_can_be_followed_is_cut(name: str) -> None:
+    between, size = FOLLOWED[name]
+    model = build(lambda: Odd(between))
+    space = discover(model, {"x": X})
+    (axis,) = space.axes
+    assert axis.size == size
+    plan = cut_half(space, axis.name)
+    new = apply(model, plan, space=space, inputs={"x": X})
+    assert float((new(X) - zeroed_everywhere(model, space, plan)(X)).detach().abs().max()) <= 1e-9
+
+
+def test_einsum_with_a_parameter_is_a_contraction() -> None:
     class Einsum(Odd):
         def __init__(self) -> None:
             super().__init__(None, out=9)
@@ -286,12 +305,14 @@ def test_einsum_with_a_parameter_freezes_both_sides() -> None:
         def forward(self, x: torch.Tensor) -> Any:
             return self.second(torch.einsum("bsi,ij->bsj", self.first(x), self.middle))
 
-    space = discover(build(Einsum), {"x": X})
-    assert space.axes == ()
-    frozen = {(f.parameter, f.dim): f.reason for f in space.frozen}
-    for place in (("first.weight", 0), ("middle", 0), ("middle", 1), ("second.weight", 1)):
-        assert "einsum" in frozen[place]
-        assert "root module" in frozen[place]
+    model = build(Einsum)
+    space = discover(model, {"x": X})
+    assert sorted(axis.size for axis in space.axes) == [9, 14]
+    assert ("middle", 0, 1) in {(r.parameter, r.in_dim, r.out_dim) for r in space.readers}
+    for axis in space.axes:
+        plan = cut_half(space, axis.name)
+        new = apply(model, plan, space=space, inputs={"x": X})
+        assert float((new(X) - zeroed_everywhere(model, space, plan)(X)).detach().abs().max()) <= 1e-9
 
 
 def test_inputs_and_outputs_are_frozen() -> None:

@@ -7,7 +7,7 @@ back, so that the result lands as close below the limit as rungs allow.
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from math import ceil, gcd
 
 import numpy as np
@@ -23,7 +23,8 @@ Levels = npt.NDArray[np.int64]
 """How many rungs each ladder has gone down."""
 CLOSE = 0.01
 """Share of the limit that may be left over before swaps are tried."""
-SWAPS = 24
+SWAPS, DEEPER = 24, 4
+"""Ladders that are tried then, and rungs of each."""
 
 
 @dataclass(frozen=True)
@@ -132,16 +133,15 @@ def settle(order: Levels, meter: Meter, limits: Mapping[str, float]) -> Levels:
     place = {(int(i), level): rank for rank, (i, level) in enumerate(_rungs(order))}
     best = _give_back(after(low), meter, limits, place)
     left = -_over(meter(best), limits)
-    if left > CLOSE:  # rungs are coarse: take one more somewhere, and see what then fits
-        for i in [int(i) for i in dict.fromkeys(order[low:].tolist())][:SWAPS]:
-            trial = after(low)
-            if trial[i] + 1 >= len(meter.ladders[i].sizes):
-                continue
-            trial[i] += 1
+    for i, more in product(list(dict.fromkeys(order[low:].tolist()))[:SWAPS], range(1, DEEPER + 1)):
+        if left <= CLOSE:
+            break
+        trial = after(low)  # rungs are coarse: take some more of one ladder, and see what then fits
+        trial[i] += more
+        if trial[i] < len(meter.ladders[i].sizes):
             trial = _give_back(trial, meter, limits, place, never=i)
             less = -_over(meter(trial), limits)
-            if 0 <= less < left:
-                best, left = trial, less
+            best, left = (trial, less) if less < left else (best, left)
     return best
 
 

@@ -74,10 +74,10 @@ def choose_axes(space: Space, modules: Collection[str], only: Sequence[str], ign
     ]
     if not found:
         what = f"only {list(only)}" if only else "the model"
-        less = f" and ignore {list(ignore)}" if ignore else ""
+        less = f" without {list(ignore)}" if ignore else ""
         asked = [k for k in ON_REQUEST if space.of_kind(k)]
         hint = f"; {', '.join(asked)} is cut only when named in only" if asked else "; `secateur inspect` says why"
-        raise SecateurError(f"nothing can be cut: {what}{less} leave no axis{hint}")
+        raise SecateurError(f"nothing can be cut: no axis is left of {what}{less}{hint}")
     return found
 
 

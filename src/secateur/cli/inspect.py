@@ -42,7 +42,12 @@ def run(words: Sequence[str]) -> None:
     window = sliding_window(getattr(model, "config", None))
     whole = costs(space, Plan(), Workload(arguments.kv_batch, arguments.kv_seq_len, window))
     values = _values(space, model, arguments)
-    values["costs"] = {"params": int(whole.params), "memory": int(whole.memory), "macs": int(whole.macs)}
+    values["costs"] = {
+        "params": int(whole.params),
+        "active_params": int(whole.active_params),
+        "memory": int(whole.memory),
+        "macs": int(whole.macs),
+    }
     Common(json=arguments.json).show(values, lambda console: _draw(console, values, arguments))
 
 
@@ -51,7 +56,7 @@ def _values(space: Space, model: Any, arguments: Arguments) -> dict[str, Any]:
     for kind in space.kinds():
         axes, blocks = space.of_kind(kind), [b for b in space.blocks if b.kind == kind]
         sizes = sorted({axis.size for axis in axes}) or [len(blocks)]
-        name = field_of(getattr(model, "config", None), kind) if kind in FIELDS else None
+        name = field_of(getattr(model, "config", None), kind, sizes[-1]) if kind in FIELDS else None
         groups = sorted({axis.groups for axis in axes})
         entry = {"kind": kind, "config": name, "axes": len(axes) or 1, "sizes": sizes, "groups": groups}
         kinds.append(entry)
@@ -78,6 +83,8 @@ def _draw(console: Console, values: dict[str, Any], arguments: Arguments) -> Non
     cost = values["costs"]
     held = f"weights and KV cache of {arguments.kv_batch} x {arguments.kv_seq_len} positions"
     console.print(f"{values['class']}: {cost['params']:,} parameters; {held}: {bytes_text(cost['memory'])}")
+    if cost["active_params"] != cost["params"]:
+        console.print(f"{cost['active_params']:,} of the parameters meet each token")
     console.print(f"one sample of the example inputs: {cost['macs']:,} multiply-accumulates")
     rows = []
     for entry in values["kinds"]:

@@ -143,6 +143,10 @@ def _check(arguments: Arguments, method: str) -> Budget:
         raise SecateurError("--eval-data self would measure the model on its own words: give held-out data")
     check_sources(arguments.model, data=arguments.data, eval_data=arguments.eval_data)
     taken = inspect.signature(METHODS[method]).parameters
+    if is_constructor(arguments.model) and "inputs" not in taken:
+        raise SecateurError(
+            f"{method} prunes Hugging Face language models; for {arguments.model} give --method structural"
+        )
     if arguments.loss is not None and "loss" not in taken:
         raise SecateurError(f"--loss does not go with the method {method}")
     if arguments.scoring != Scoring() and "score" not in taken:

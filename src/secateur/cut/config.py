@@ -2,22 +2,33 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import nn
 
 from secateur.choose.plan import Plan
 from secateur.errors import SecateurError, nearest
-from secateur.space import Space, evaluate
+from secateur.space import Space
 
 # Names of one size over the configs of the field, first match wins; Minitron's own names come last.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "n_embd", "d_model"),
-    "ffn": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size"),
+    "ffn": (
+        *("intermediate_size", "n_inner", "ffn_dim", "d_ff", "shared_intermediate_size", "intermediate_size_mlp"),
+        "ffn_hidden_size",
+    ),
     "heads": ("num_attention_heads", "n_head", "num_heads"),
     "kv_groups": ("num_key_value_heads", "num_kv_heads", "num_query_groups"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"),
+    "expert_ffn": (
+        *("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_dim"),
+        *("ffn_hidden_size", "moe_ffn_hidden_size"),
+    ),
+    "shared_expert_ffn": (
+        *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"),
+    ),
+    "ssm_heads": ("mamba_num_heads", "mamba_n_heads", "n_mamba_heads", "num_heads"),
+    "ssm_head_dim": ("mamba_head_dim", "mamba_d_head", "mamba_headdim", "head_dim"),
+    "ssm_channels": ("mamba_d_ssm", "intermediate_size"),
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
 }
 
@@ -30,6 +41,12 @@ class Sizes:
     ffn: int | None = None
     heads: int | None = None
     kv_groups: int | None = None
+    experts: int | None = None
+    expert_ffn: int | None = None
+    shared_expert_ffn: int | None = None
+    ssm_heads: int | None = None
+    ssm_head_dim: int | None = None
+    ssm_channels: int | None = None
     layers: int | None = None
 
     def get(self, kind: str) -> int | None:
@@ -38,35 +55,44 @@ class Sizes:
         return size
 
 
-def field_of(config: Any, kind: str) -> str | None:
-    """The config's own name for the size of a kind (GPT-2 stores hidden_size as n_embd)."""
-    name = next((name for name in FIELDS[kind] if hasattr(config, name)), None)
-    return None if name is None else str(getattr(config, "attribute_map", {}).get(name, name))
+def field_of(config: Any, kind: str, size: int | None = None) -> str | None:
+    """The config's own name for the size of a kind (GPT-2 stores hidden_size as n_embd).
+
+    With the model's `size`, only a name that has that value, or none yet: one word may mean another size elsewhere.
+    """
+    for name in FIELDS[kind]:
+        if hasattr(config, name) and (size is None or getattr(config, name) in (size, None)):
+            return str(getattr(config, "attribute_map", {}).get(name, name))
+    return None
 
 
-def kind_of(config: Any, name: str) -> str:
-    """The kind that a config integer, or Minitron's name for it, sets.
+def kinds_of(config: Any, name: str, dense: Sizes) -> tuple[str, ...]:
+    """The kinds that a config integer, or Minitron's name for it, sets; `dense` are the model's sizes.
 
     Raises:
         SecateurError: for a name that is none of them; names the nearest.
     """
-    own = {field_of(config, kind): kind for kind in FIELDS}
-    for kind, names in FIELDS.items():
-        if name in (*names, kind, field_of(config, kind)):
-            return kind
-    known = [n for n in own if n] + ["ffn_hidden_size", "num_query_groups", "num_layers"]
-    raise SecateurError(f"dims: the config has no size {name!r}{nearest(name, known)}")
+    if name in FIELDS:
+        return (name,)
+    own = {kind: field_of(config, kind, dense.get(kind)) for kind in FIELDS if dense.get(kind) is not None}
+    stored = getattr(config, "attribute_map", {}).get(name, name)
+    found = [kind for kind, field in own.items() if field == stored]
+    known = [kind for kind, names in FIELDS.items() if name in names]
+    found = found or [kind for kind in known if kind in own and not hasattr(config, name)][:1] or known[:1]
+    if not found:
+        words = [n for n in own.values() if n] + ["ffn_hidden_size", "num_query_groups", "num_layers"]
+        raise SecateurError(f"dims: the config has no size {name!r}{nearest(name, words)}")
+    return tuple(found)
 
 
 def sizes_of(space: Space, plan: Plan | None = None) -> Sizes:
     """The sizes of a model, or of what a plan makes of it; None where layers differ."""
     plan = plan or Plan()
     found: dict[str, int | None] = {}
-    for kind in ("hidden", "ffn", "heads", "kv_groups"):
-        values = set()
-        for axis in space.of_kind(kind):
-            if axis.block not in plan.dropped:
-                values.add(_kept_size(space, plan, axis.name))
+    for kind in (kind for kind in FIELDS if kind != "layers"):
+        axes = space.of_kind(kind)
+        left = [axis for axis in axes if axis.block not in plan.dropped]
+        values = {_kept_size(space, plan, axis.name) for axis in left or axes}
         found[kind] = values.pop() if len(values) == 1 else None
     stacks = list(space.gone_layers(plan.dropped).values())
     found["layers"] = stacks[0].count(False) if len(stacks) == 1 else None
@@ -101,7 +127,7 @@ def cut_config(config: Any, space: Space, plan: Plan) -> Any:
 
 
 def resized_config(config: Any, before: Sizes, after: Sizes, gone: Sequence[bool]) -> Any:
-    """The config with other sizes; None where it has no name for one of them.
+    """The config with other sizes.
 
     Args:
         config: the dense model's.
@@ -115,50 +141,22 @@ def resized_config(config: Any, before: Sizes, after: Sizes, gone: Sequence[bool
     changed = {kind: after.get(kind) for kind in FIELDS if before.get(kind) != after.get(kind)}
     head_dim = getattr(config, "head_dim", None) or _implied_head_dim(config)
     values = copy.deepcopy(config).to_dict()
+    if {"hidden", "heads"} & set(changed) and head_dim is not None and _takes_head_dim(config):
+        values["head_dim"] = head_dim
     for kind, size in changed.items():
-        name = field_of(config, kind)
+        name = field_of(config, kind, before.get(kind))
         if name is None:
-            return None
+            continue  # the class may derive it from another number: whoever uses the config compares shapes
         values[name] = size
         if kind == "heads" and before.kv_groups is None and hasattr(config, "num_key_value_heads"):
             values["num_key_value_heads"] = size
     ffn = field_of(config, "ffn")
     if ffn is not None and values.get(ffn, 0) is None:
         values[ffn] = after.ffn  # GPT-2 derives it from the hidden size where it is not said
-    if {"hidden", "heads"} & set(changed) and head_dim is not None and _takes_head_dim(config):
-        values["head_dim"] = head_dim
     if "layers" in changed:
         values |= cut_lists(values, gone)
     values.pop("transformers_version", None)
     return build_config(config, values)
-
-
-def describes(model: nn.Module, space: Space, sizes: Sizes) -> bool:
-    """Whether the stock class can be configured to these sizes, tried on one layer and on meta tensors.
-
-    GPT-2's config cannot set a head dimension, so its hidden size and heads must be cut together; Llama's rejects a
-    hidden size that its heads do not divide.
-    """
-    layers = space.layers()
-    gone = [i > 0 for i in range(len(layers))]
-    one_layer = replace(sizes, layers=1 if layers else sizes.layers)
-    try:
-        config = resized_config(model.config, sizes_of(space), one_layer, gone)
-        if config is None:
-            return False
-        with torch.device("meta"):
-            skeleton = type(model)(config)
-    except (SecateurError, ValueError):
-        return False  # the class says no to such sizes: that is the answer to the question
-    groups = sizes.kv_groups or 1
-    lengths = {"hidden": sizes.hidden, "ffn": sizes.ffn, "kv_groups": sizes.kv_groups}
-    lengths["heads"] = None if sizes.heads is None else sizes.heads // groups
-    at = {axis.name: lengths.get(axis.kind) or axis.per_group for axis in space.axes}
-    parameters = dict(skeleton.named_parameters())
-    return all(
-        name in space.parameters and tuple(p.shape) == tuple(int(evaluate(d, at)) for d in space.parameters[name].dims)
-        for name, p in parameters.items()
-    )
 
 
 def build_config(config: Any, values: Mapping[str, Any]) -> Any:
@@ -201,11 +199,14 @@ def _takes_head_dim(config: Any) -> bool:
 def cut_lists(values: Mapping[str, Any], gone: Sequence[bool]) -> dict[str, Any]:
     """Lists of a config that speak of layers, after some are dropped.
 
-    A list with one entry for each layer (layer_types...) loses theirs; a list of layer numbers is renumbered.
+    A list with one entry for each layer (layer_types...) loses theirs, a pattern of one letter for each (Nemotron-H's
+    "M-M*") too; a list of layer numbers is renumbered.
     """
     kept = [i for i, out in enumerate(gone) if not out]
     cut: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, str) and len(value) == len(gone) and str(key).endswith("pattern"):
+            cut[key] = "".join(value[i] for i in kept)
         if "layer" not in str(key) or not isinstance(value, list) or not value:
             continue
         if _are_layer_numbers(value, len(gone)):

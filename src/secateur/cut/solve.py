@@ -16,6 +16,7 @@ from secateur.errors import SecateurError
 from secateur.space import Polynomial, Space, evaluate
 from secateur.space.provenance import Attribute, Expression, Operation, attributes_in, made_sizes
 
+Made = Mapping[str, tuple[Expression, ...]]
 _MOST_COUNTS = 6
 """Numbers of a config that could be the number of layers: more are not tried together."""
 
@@ -29,8 +30,8 @@ def shapes_of(kind: Callable[[Any], nn.Module], config: Any) -> dict[str, tuple[
         return None
 
 
-def configs_for(model: Any, plan: Plan, space: Space) -> Iterator[Any]:
-    """Configs that may describe the cut, the likeliest first.
+def configs_for(model: Any, plan: Plan, space: Space, made: Made | None = None) -> Iterator[Any]:
+    """Configs that may describe the cut, the likeliest first; `made` are the model's `made_sizes`, where known.
 
     The usual names of sizes are tried first. Where they do not fit, the class is built once with a config whose
     numbers are tagged: what sizes its parameters have, as expressions in the config, gives equations for the cut.
@@ -45,7 +46,7 @@ def configs_for(model: Any, plan: Plan, space: Space) -> Iterator[Any]:
         return
     config = with_head_dim(model.config)
     try:
-        made = made_sizes(type(model), copy.deepcopy(config))
+        made = made_sizes(type(model), copy.deepcopy(config)) if made is None else made
     except Exception:  # noqa: BLE001 - some constructors do what tagged numbers cannot
         return
     values = _solved(config, made, plan, space)
@@ -58,9 +59,7 @@ def configs_for(model: Any, plan: Plan, space: Space) -> Iterator[Any]:
             continue
 
 
-def _solved(
-    config: Any, made: Mapping[str, tuple[Expression, ...]], plan: Plan, space: Space
-) -> dict[Attribute, int] | None:
+def _solved(config: Any, made: Made, plan: Plan, space: Space) -> dict[Attribute, int] | None:
     """The numbers of the config that give every parameter its predicted shape; None where they contradict."""
     at, whole, gone = lengths(space, plan), lengths(space, Plan()), gone_parameters(space, plan)
     equations: list[tuple[Expression, int, Polynomial]] = []

@@ -89,10 +89,9 @@ def _free_attentions(new: nn.Module, plan: Plan, space: Space) -> list[str]:
     cut: dict[str, float] = {}
     for name, kept in plan.kept.items():
         axis = space.axis(name)
-        for part in axis.slices:
-            path, _, own = part.parameter.rpartition(".")
-            path = path.removesuffix(".out_proj")
-            made = own in ("in_proj_weight", "q_proj_weight") and part.dim == 0 and axis.kind == "heads"
+        projections = [p.parameter for p in axis.slices if p.dim == 0 and axis.kind == "heads"]
+        for path in {p.parameter.rpartition(".")[0].removesuffix(".out_proj") for p in axis.slices}:
+            made = {f"{path}.in_proj_weight", f"{path}.q_proj_weight"}.intersection(projections)
             cut[path] = cut.get(path, 1.0) * (len(kept.units) / kept.size if made else 1.0)
     found = []
     for path, module in list(new.named_modules()):
@@ -150,6 +149,6 @@ def _set_config_sizes(new: nn.Module, plan: Plan, space: Space) -> None:
     config = getattr(new, "config", None)
     before, after = sizes_of(space), sizes_of(space, plan)
     for kind in FIELDS if config is not None else ():
-        name, size = field_of(config, kind), after.get(kind)
+        name, size = field_of(config, kind, before.get(kind)), after.get(kind)
         if name is not None and size is not None and size != before.get(kind):
             setattr(config, name, size)

@@ -52,7 +52,7 @@ class Source:
 def load_model(
     name: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | None = None
 ) -> tuple[nn.Module, Any | None, Source]:
-    """Load a causal language model and its tokenizer, checked.
+    """Load a transformers model and its tokenizer, checked.
 
     Args:
         name: a model folder (config.json and safetensors), or a hub id ``org/name``.
@@ -70,10 +70,14 @@ def load_model(
     place, kind = find_device(device), find_dtype(dtype)
     source = find_source(name)
     with quiet_transformers(), _reworded(f"{source.name}: transformers cannot load this model"):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
-        cut = recorded_classes(_read_config(source.folder)) if source.folder is not None else None
-        model, info = (AutoModelForCausalLM if cut is None else cut[1]).from_pretrained(
+        known = _read_config(source.folder) if source.folder is not None else {}
+        cut = recorded_classes(known)
+        stock = cut[1] if cut is not None else _stock_class(known.get("architectures"))
+        if cut is None:  # the class would not look at a model_type that nobody knows
+            AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        model, info = stock.from_pretrained(
             source.folder,
             dtype="auto" if kind is None else kind,
             output_loading_info=True,
@@ -87,6 +91,16 @@ def load_model(
         model = model.to(place).eval()
     check_finite(model, source.name)
     return model, _load_tokenizer(source), replace(source, unused=tuple(sorted(info["unexpected_keys"])))
+
+
+def _stock_class(architectures: Any) -> Any:
+    """The class that a config names, if transformers has it; else whatever language model it has for the config."""
+    import transformers
+
+    named = architectures[0] if isinstance(architectures, list) and architectures else ""
+    found = getattr(transformers, str(named), None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModelForCausalLM
 
 
 def model_config(name: str | Path) -> Any:
@@ -108,18 +122,18 @@ def meta_model(name: str | Path) -> nn.Module:
     """The model without its weights, built from the config on the meta device, in the config's dtype (or float32).
 
     Raises:
-        SecateurError: The name leads to no config, or transformers has no causal language model for it.
+        SecateurError: The name leads to no config, or transformers has no model for it.
     """
     config = model_config(name)
-    from transformers import AutoModelForCausalLM
-
     kind = find_dtype(getattr(config, "dtype", None)) or torch.float32
     with quiet_transformers(), _reworded(f"{name}: transformers cannot build this model"), torch.device("meta"):
         cut = recorded_classes(vars(config))
         if cut is not None:
             model = cut[1]._from_config(config, dtype=kind)
         else:
-            model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
+            stock = _stock_class(getattr(config, "architectures", None))
+            named = hasattr(stock, "_from_config")
+            model = stock._from_config(config, dtype=kind) if named else stock.from_config(config, dtype=kind)
     built: nn.Module = model.eval()
     return built
 

@@ -107,7 +107,8 @@ class SizedAttention(nn.MultiheadAttention):
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         inputs = zip((query, key, value), weights, biases, strict=True)
         q, k, v = (
-            nn.functional.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, w, b in inputs
+            torch.unflatten(nn.functional.linear(x, w, b), -1, (self.num_heads, -1)).transpose(1, 2)
+            for x, w, b in inputs
         )
         mask = self._mask(query, key, key_padding_mask, attn_mask, is_causal)
         scores = None
@@ -141,7 +142,7 @@ class SizedAttention(nn.MultiheadAttention):
             if shape is not None:
                 added = added.reshape(shape)
             elif added.dim() == 3:
-                added = added.unflatten(0, (-1, self.num_heads)) if added.shape[0] != 1 else added.unsqueeze(0)
+                added = torch.unflatten(added, 0, (-1, self.num_heads)) if added.shape[0] != 1 else added.unsqueeze(0)
             total = added if total is None else total + added
         return total
 

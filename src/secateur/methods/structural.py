@@ -14,7 +14,7 @@ from torch import nn
 
 from secateur.choose.budget import Budget
 from secateur.choose.cost import Workload, polynomials
-from secateur.choose.ladder import Ladder, Meter, in_order, ladder, plan_of, settle
+from secateur.choose.ladder import Ladder, Levels, Meter, in_order, ladder, plan_of, settle
 from secateur.choose.select import check_divisors, choose_axes, divisor_of, least_units
 from secateur.errors import SecateurError, nearest
 from secateur.load.batches import Batch, size_of
@@ -59,9 +59,8 @@ def structural(
 
     Args:
         model: any module.
-        budget: limits on params, macs, flops (two for each mac) and memory; all of several must hold. The result lies
-            below the limits by less than the cheapest unit that could be given back. MACs are those of one sample of
-            the example inputs.
+        budget: limits on params, macs, flops (two for each mac) and memory; all of several must hold. No unit more
+            could stay. MACs are those of one sample of the example inputs.
         data: batches for the criteria that need data: tensors, mappings or (inputs, targets).
         inputs: arguments of one forward pass, to trace the model with: a tensor, a tuple or a mapping; not needed for
             Hugging Face models.
@@ -99,31 +98,47 @@ def structural(
     check_divisors(round_to, [axis.kind for axis in axes])
     least = least_units(space, modules, axes, keep_at_least, limits or {})
     workload = Workload(kv_batch, kv_seq_len, sliding_window(getattr(model, "config", None)), stored_dtype)
-    costs = _limited(space, workload, budget)
-    allowed = _allowed(space, costs, budget)
+    costs, allowed = _limits(space, workload, budget)
     scores = _scores(model, space, axes, data, criterion, loss, seed, track)
     scored = time.perf_counter()
     divide = scope == "global" and criterion not in COMPARABLE if normalize is None else normalize
-    compared = {name: _by_mean(values) if divide else values for name, values in scores.items()}
     alike = uniform if uniform is not None else hasattr(type(model), "from_pretrained")
-    ladders = [
-        ladder(group, compared, max(least[axis.name] for axis in group), divisor_of(group[0], round_to))
-        for group in _together(axes, alike)
+    compared = {name: _by_mean(values) if divide else values for name, values in scores.items()}
+    ladders = _ladders(_together(axes, alike), compared, least, round_to)
+    levels, reached = _settled(ladders, _classes(ladders, space, model, scope), Meter(space, ladders, costs), allowed)
+    seconds = {"tracing": traced - begin, "scoring": scored - traced, "ranking": time.perf_counter() - scored}
+    samples = sum(map(size_of, data)) if criterion in FROM_DATA else 0
+    told = {"criterion": criterion, "scope": scope, "normalized": divide, "uniform": alike, "target": reached}
+    details = {**told, "calibration": {"samples": samples}, "seconds": seconds}
+    return Decision(plan_of(ladders, levels, scores), space, details)
+
+
+def _ladders(
+    groups: Sequence[Sequence[Axis]],
+    scores: Mapping[str, torch.Tensor],
+    least: Mapping[str, int],
+    round_to: int | Mapping[str, int] | None,
+) -> list[Ladder]:
+    """One for each group of axes that go down in lockstep, where anything may go."""
+    every = [
+        ladder(group, scores, max(least[axis.name] for axis in group), divisor_of(group[0], round_to))
+        for group in groups
     ]
-    ladders = [found for found in ladders if len(found.sizes) > 1]
-    if not ladders:
+    found = [one for one in every if len(one.sizes) > 1]
+    if not found:
         raise SecateurError("keep_at_least, limits and round_to leave nothing to cut: allow more")
-    meter = Meter(space, ladders, costs)
+    return found
+
+
+def _settled(
+    ladders: Sequence[Ladder], classes: Sequence[Hashable], meter: Meter, allowed: Mapping[str, float]
+) -> tuple[Levels, dict[str, dict[str, float]]]:
+    """How far each ladder goes, and for each limit what is reached."""
     try:
-        levels = settle(in_order(ladders, _classes(ladders, space, model, scope)), meter, allowed)
+        levels = settle(in_order(ladders, classes), meter, allowed)
     except SecateurError as error:
         raise SecateurError(f"{error}; allow more: a lower keep_at_least, fewer limits, ignore or only") from None
-    plan = plan_of(ladders, levels, scores)
-    seconds = {"tracing": traced - begin, "scoring": scored - traced, "ranking": time.perf_counter() - scored}
-    reached = {m: {"limit": limit, "reached": meter(levels)[m]} for m, limit in allowed.items()}
-    samples = sum(map(size_of, data)) if criterion in FROM_DATA else 0
-    details = {"criterion": criterion, "scope": scope, "normalized": divide, "uniform": alike, "target": reached}
-    return Decision(plan, space, {**details, "calibration": {"samples": samples}, "seconds": seconds})
+    return levels, {m: {"limit": limit, "reached": meter(levels)[m]} for m, limit in allowed.items()}
 
 
 def _check(criterion: str, scope: str, budget: Budget, data: Sequence[Batch], loss: Any) -> None:
@@ -146,8 +161,8 @@ def _check(criterion: str, scope: str, budget: Budget, data: Sequence[Batch], lo
         raise SecateurError(f"{what}: it takes {', '.join(MEASURES)}")
 
 
-def _limited(space: Space, workload: Workload, budget: Budget) -> dict[str, Polynomial]:
-    """The polynomials of what the budget limits."""
+def _limits(space: Space, workload: Workload, budget: Budget) -> tuple[dict[str, Polynomial], dict[str, float]]:
+    """The polynomials of what the budget limits, and the limits in their units."""
     costs = dict(polynomials(space, workload))
     costs["flops"] = {names: 2 * count for names, count in costs["macs"].items()}
     if "active_params" in budget.limits and "active_params" not in costs:
@@ -157,17 +172,13 @@ def _limited(space: Space, workload: Workload, budget: Budget) -> dict[str, Poly
     for measure in budget.limits:
         if not costs[measure]:
             raise SecateurError(f"the budget limits {measure}, and the model has none that are counted")
-    return {measure: costs[measure] for measure in budget.limits}
-
-
-def _allowed(space: Space, costs: Mapping[str, Polynomial], budget: Budget) -> dict[str, float]:
-    """Limits in units of the measures."""
+    costs = {measure: costs[measure] for measure in budget.limits}
     dense = Meter(space, [], costs)(torch.zeros(0, dtype=torch.int64).numpy())
     allowed = {measure: limit.absolute(dense[measure]) for measure, limit in budget.limits.items()}
     if all(dense[measure] <= limit for measure, limit in allowed.items()):
         have = ", ".join(f"{dense[m]:,.0f} {m}" for m in allowed)
         raise SecateurError(f"the model keeps the budget {budget} already ({have}): nothing would be cut")
-    return allowed
+    return costs, allowed
 
 
 def _scores(

@@ -14,9 +14,15 @@ from torch import nn
 from secateur.errors import SecateurError
 from secateur.load.mode import evaluating
 from secateur.progress import Track, quiet
-from secateur.space import Axis, Space
+from secateur.score.experts import Mixture
+from secateur.space import Axis, Slice, Space
 
 Batch = torch.Tensor | Mapping[str, torch.Tensor]
+KINDS = (
+    *("hidden", "ffn", "heads", "kv_groups", "experts", "expert_ffn", "shared_expert_ffn"),
+    *("ssm_heads", "ssm_head_dim", "ssm_channels"),
+)
+"""Kinds of axes that are scored where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class _Watch:
         self.cosine: dict[str, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.mask: torch.Tensor | None = None
+        self.samples = 0
+        """Rows of the batch that runs."""
         self.tokens = 0.0
 
     def reduce(self, key: str, x: torch.Tensor) -> None:
@@ -75,27 +83,34 @@ def activation_scores(
 ) -> Scores:
     """Score axes and layers by what they do on calibration data.
 
-    hidden: R of every norm's output except the last, summed over the norms. ffn: R of the input of the projection
-    that reads the units. heads, kv_groups: R of the same, L2 over the columns of each unit.
+    hidden: R of every norm's output except the last, summed over the norms. ffn, shared_expert_ffn, ssm_channels: R of
+    the input of the projection that reads the units. heads, kv_groups: R of the same, L2 over the columns of each unit.
+    ssm_heads, ssm_head_dim: R of the x that the input projection makes, L2 over the channels of each unit (Taghibakhshi
+    et al. 2025, "Efficient Hybrid Language Model Compression through Group-Aware SSM Pruning", arXiv:2504.11409).
+    experts, expert_ffn: see `score.experts`.
 
     Args:
         model: the dense model, on its device.
         space: its Space.
         batches: token ids [batch, sequence], or dicts of arguments; one row is one sample. A zero in an
             ``attention_mask`` leaves the position out.
-        axes: which axes to score; None for all of the kinds hidden, ffn, heads and kv_groups.
+        axes: which axes to score; None for all of the kinds in `KINDS`.
         layers: whether to measure the layers' block influence.
         track: shows progress.
 
     Raises:
-        SecateurError: without any batch, or where activations are not finite (names the module).
+        SecateurError: without any batch, where activations are not finite (names the module), or where a mixture of
+            experts cannot be observed.
     """
-    wanted = [a for a in space.axes if a.kind in ("hidden", "ffn", "heads", "kv_groups")] if axes is None else axes
-    readers = {axis.name: [(r.module, s) for r, s in space.consumers(axis)] for axis in wanted if axis.kind != "hidden"}
+    wanted = [a for a in space.axes if a.kind in KINDS] if axes is None else axes
     norms = {axis.name: [n.module for n in space.norms if n.axis == axis.name][:-1] for axis in wanted}
+    where = {axis.name: _places(space, axis, norms[axis.name]) for axis in wanted}
+    _check_seen(model, wanted, where)
+    mixtures = _mixtures(model, space, wanted)
     watch = _Watch()
-    handles = _hook(model, watch, readers, norms, [b.name for b in space.layers()] if layers else [])
     samples = 0
+    handles = _hook(model, watch, [key for found in where.values() for key, _ in found])
+    handles += _hook_mixtures(watch, mixtures) + _hook_layers(model, watch, space if layers else None)
     try:
         with evaluating(model), torch.inference_mode():
             for batch in track(list(batches), "scoring"):
@@ -112,7 +127,13 @@ def activation_scores(
     for name, total in watch.cosine.items():
         if not bool(torch.isfinite(total)):
             raise SecateurError(f"NaN or infinite activations in {name}: check the weights and dtype")
-    scores = {axis.name: _axis_score(axis, watch, space, norms[axis.name]) for axis in wanted}
+    watch.energy |= {f"experts:{name}": e for m in mixtures.values() for name, e in m.energy.items()}
+    scores = {}
+    for axis in wanted:
+        mixture = mixtures.get(_mixture_of(space, axis) or "") if axis.kind == "experts" else None
+        scores[axis.name] = _axis_score(axis, watch, where[axis.name]) if mixture is None else mixture.scores()
+        if not bool(torch.isfinite(scores[axis.name]).all()):
+            raise SecateurError(f"NaN or infinite activations in {axis.name}: check the weights and dtype")
     influence = {name: 1 - float(total) / watch.tokens for name, total in watch.cosine.items()}
     return Scores(scores, influence, samples, int(watch.tokens))
 
@@ -125,33 +146,106 @@ def _forward(model: nn.Module, batch: Batch, watch: _Watch) -> int:
     watch.mask = arguments.get("attention_mask")
     if watch.mask is not None and bool(watch.mask.all()):
         watch.mask = None
+    watch.samples = int(first.shape[0])
     watch.tokens += float(first.numel() if watch.mask is None else watch.mask.sum())
     extra: dict[str, Any] = {"use_cache": False} if hasattr(model, "config") else {}
     model(**arguments, **extra)
-    return int(first.shape[0])
+    return watch.samples
 
 
-def _hook(
-    model: nn.Module,
-    watch: _Watch,
-    readers: Mapping[str, Sequence[tuple[str, Any]]],
-    norms: Mapping[str, Sequence[str]],
-    layers: Sequence[str],
-) -> list[Any]:
+def _places(space: Space, axis: Axis, norms: Sequence[str]) -> list[tuple[str, Slice | None]]:
+    """What is measured for an axis: (key of an activation, which of its columns the units are; None = all)."""
+    if axis.kind == "hidden":
+        return [(f"output:{module}", None) for module in norms]
+    if axis.kind == "experts":
+        return []
+    if axis.kind in ("ssm_heads", "ssm_head_dim"):
+        made = {(r.parameter, r.out_dim): r.module for r in space.readers}
+        wide = [s for s in axis.slices if (s.parameter, s.dim) in made and _width(axis, s) == _width(axis)]
+        if wide:  # the gate comes first and x second, where one projection makes both
+            return [(f"output:{made[wide[-1].parameter, wide[-1].dim]}", wide[-1])]
+    read = list(space.consumers(axis))
+    if axis.kind == "ssm_channels":
+        read = read[-1:]  # what the scan gives, gated; small projections read the channels before it
+    stacked = {router.parameter for router in space.routers}
+    return [(f"experts:{s.parameter}" if s.parameter in stacked else f"input:{r.module}", s) for r, s in read]
+
+
+def _check_seen(
+    model: nn.Module, wanted: Sequence[Axis], where: Mapping[str, Sequence[tuple[str, Slice | None]]]
+) -> None:
+    """Raise SecateurError where a module multiplies more than once, so that its input need not be what is asked for."""
+    for axis in wanted:
+        for key, _ in where[axis.name]:
+            place, _, module = key.partition(":")
+            if place == "input" and not hasattr(model.get_submodule(module), "weight"):
+                raise SecateurError(
+                    f"{axis.name} cannot be scored: {module} multiplies several weights; skip {axis.kind}"
+                )
+
+
+def _width(axis: Axis, part: Slice | None = None) -> int:
+    """Rows of each unit; the most that any slice has."""
+    return max(int(s.rows().shape[1]) for s in ([part] if part is not None else axis.slices))
+
+
+def _mixture_of(space: Space, axis: Axis) -> str | None:
+    """The module that runs the experts of an axis, or the experts that the axis lies in."""
+    own = {part.parameter for part in axis.slices}
+    return next((r.module for r in space.routers if r.parameter in own), None)
+
+
+def _mixtures(model: nn.Module, space: Space, wanted: Sequence[Axis]) -> dict[str, Mixture]:
+    found: dict[str, Mixture] = {}
+    stacked = {router.parameter for router in space.routers}
+    for path in dict.fromkeys(r.module for r in space.routers):
+        axes = [a for a in wanted if a.kind in ("experts", "expert_ffn") and _mixture_of(space, a) == path]
+        if not axes:
+            continue
+        module = model.get_submodule(path)
+        reads = [(r.parameter, r.in_dim) for a in axes if a.kind == "expert_ffn" for r, _ in space.consumers(a)]
+        widths = {
+            name.removeprefix(f"{path}."): space.parameters[name].shape[d] for name, d in reads if name in stacked
+        }
+        experts = space.axis(next(r.axis for r in space.routers if r.module == path)).size
+        found[path] = Mixture(path, module, experts, widths)
+    return found
+
+
+def _hook_mixtures(watch: _Watch, mixtures: Mapping[str, Mixture]) -> list[Any]:
     handles = []
-    for module in dict.fromkeys(m for found in readers.values() for m, _ in found):
+    for mixture in mixtures.values():
 
-        def see_input(_: nn.Module, args: tuple[Any, ...], *, key: str = f"input:{module}") -> None:
+        def see(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, of: Mixture = mixture
+        ) -> None:
+            of.see(args, kwargs, output, watch.samples, watch.mask)
+
+        handles.append(mixture.module.register_forward_hook(see, with_kwargs=True))
+    return handles
+
+
+def _hook(model: nn.Module, watch: _Watch, keys: Sequence[str]) -> list[Any]:
+    handles = []
+    for key in dict.fromkeys(keys):
+        place, _, module = key.partition(":")
+
+        def see_input(_: nn.Module, args: tuple[Any, ...], *, key: str = key) -> None:
             watch.reduce(key, args[0])
 
-        handles.append(model.get_submodule(module).register_forward_pre_hook(see_input))
-    for module in dict.fromkeys(m for found in norms.values() for m in found):
-
-        def see_output(_: nn.Module, __: Any, output: torch.Tensor, *, key: str = f"output:{module}") -> None:
+        def see_output(_: nn.Module, __: Any, output: torch.Tensor, *, key: str = key) -> None:
             watch.reduce(key, output)
 
-        handles.append(model.get_submodule(module).register_forward_hook(see_output))
-    for name in layers:
+        if place == "input":
+            handles.append(model.get_submodule(module).register_forward_pre_hook(see_input))
+        elif place == "output":
+            handles.append(model.get_submodule(module).register_forward_hook(see_output))
+    return handles
+
+
+def _hook_layers(model: nn.Module, watch: _Watch, space: Space | None) -> list[Any]:
+    handles = []
+    for name in [] if space is None else [block.name for block in space.layers()]:
 
         def see_before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, key: str = name) -> None:
             watch.inputs[key] = args[0] if args else kwargs["hidden_states"]
@@ -165,14 +259,13 @@ def _hook(
     return handles
 
 
-def _axis_score(axis: Axis, watch: _Watch, space: Space, norms: Sequence[str]) -> torch.Tensor:
-    if axis.kind == "hidden":
-        parts = [watch.energy[f"output:{module}"].sqrt() for module in norms]
-    else:
-        parts = []
-        for reader, part in space.consumers(axis):
-            activity = watch.energy[f"input:{reader.module}"].sqrt()
-            parts.append(activity[part.rows().to(activity.device)].square().sum(1).sqrt())
+def _axis_score(axis: Axis, watch: _Watch, where: Sequence[tuple[str, Slice | None]]) -> torch.Tensor:
+    parts = []
+    for key, part in where:
+        if key not in watch.energy:
+            raise SecateurError(f"{axis.name} cannot be scored: {key.partition(':')[2]} was never called")
+        activity = watch.energy[key].sqrt()
+        parts.append(activity if part is None else activity[part.rows().to(activity.device)].square().sum(1).sqrt())
     if not parts:
         raise SecateurError(f"no module reads the units of {axis.name}: it cannot be scored by activations")
     return torch.stack(parts).sum(0).cpu()

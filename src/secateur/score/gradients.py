@@ -176,6 +176,6 @@ def _gradients(
             if not value.requires_grad:
                 raise SecateurError(f"the loss of batch {index} does not depend on the weights: is it detached?")
             if not bool(torch.isfinite(value)):
-                raise SecateurError(f"the loss of batch {index} is {float(value)}: check the data, weights and dtype")
+                raise SecateurError(f"the loss of batch {index} is {value.item()}: check the data, weights and dtype")
             found = torch.autograd.grad(value.squeeze(), list(weights.values()), allow_unused=True)
         yield {name: g.detach().float() for name, g in zip(weights, found, strict=True) if g is not None}

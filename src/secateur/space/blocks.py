@@ -111,7 +111,8 @@ def _layers_of(graph: _Graph, stack: str, count: int) -> Iterator[Layer]:
         own = frozenset(name for name in graph.parameters if name.startswith(f"{path}."))
         whole = (Block(path, "layers", index, stack, own),) if len(graph.results(path)) == 1 else ()
         parts = tuple(_sublayers(graph, path, index, stack, end))
-        yield Layer(path, stack, count, graph.dims(end)[-1], (*whole, *parts))
+        stream = [dim for dim in graph.dims(end) if is_live(dim)]  # the last dimension, or the channels of an image
+        yield Layer(path, stack, count, stream[-1], (*whole, *parts))
 
 
 def _chain(graph: _Graph, paths: list[str]) -> list[fx.Node] | None:

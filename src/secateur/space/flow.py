@@ -241,7 +241,9 @@ def run(program: ExportedProgram, canonical: Mapping[str, str]) -> Flow:
         elif spec.kind is InputKind.BUFFER:
             inputs.append((constant(meta, f"buffer {spec.target}, which is computed and not stored"), False))
         else:
-            inputs.append((constant(meta, "an input of the model"), False))
+            written = spec.kind is InputKind.CONSTANT_TENSOR
+            reason = "a tensor that is written out in the code" if written else "an input of the model"
+            inputs.append((constant(meta, reason), False))
     outputs = _run_graph(flow, program.graph_module, inputs)
     for value in binding(outputs, program.call_spec.out_spec):
         for dim in value.dims:

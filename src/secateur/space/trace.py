@@ -49,16 +49,21 @@ def batch_of(model: nn.Module, inputs: Inputs) -> int:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Give every module its attributes and buffers back: some forward passes set them (rotary tables of longrope)."""
-    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    """Give every module its attributes, buffers and parts back: some forward passes set them.
+
+    Rotary tables of longrope are such, and attentions that are exchanged for short sequences (BigBird).
+    """
+    kept = [(m, dict(vars(m)), dict(m._buffers), dict(m._modules)) for m in model.modules()]
     try:
         yield
     finally:
-        for module, attributes, buffers in kept:
+        for module, attributes, buffers, parts in kept:
             vars(module).clear()
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
+            module._modules.clear()
+            module._modules.update(parts)
 
 
 def export(model: nn.Module, inputs: Inputs = None) -> tuple[ExportedProgram, Recorder]:
