@@ -69,7 +69,10 @@ def expected_outputs(
             gone = torch.tensor([u for u in range(axis.size) if u not in set(kept.units)], dtype=torch.int64)
             _zero(axis, gone, tensors, routers)
     _drop(reference, space, plan)
-    mode = _KeptOnly(routers)
+    dense = _KeptOnly([])
+    with torch.no_grad(), dense:
+        outputs(model, inputs)
+    mode = _KeptOnly(routers, dense.zeros)
     with torch.no_grad(), mode:
         result = outputs(reference, inputs)
     return result, not mode.imprecise
@@ -113,8 +116,12 @@ def _nothing(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
 class _KeptOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Statistics over positions that hold anything else than zeros, and routers that cannot choose removed experts."""
 
-    def __init__(self, routers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def __init__(
+        self, routers: list[tuple[torch.Tensor, torch.Tensor]], dense: list[torch.Tensor | None] | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.dense = dense
+        self.zeros: list[torch.Tensor | None] = []
         self.imprecise = False
         self.routers = {_place(t): rows for t, rows in routers}
         self.masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -128,7 +135,20 @@ class _KeptOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
             aten.std.correction: lambda *a, **k: self.var(*a, **k).sqrt(),
             aten.var_mean.correction: lambda x, *a, **k: (self.var(x, *a, **k), self.mean(x, *a, **_less(k))),
             aten.sub.Tensor: self.sub,
+            aten.div.Tensor: self.div,
+            aten._weight_norm_interface.default: lambda *a: tuple(
+                x.nan_to_num(0) for x in aten._weight_norm_interface.default(*a)
+            ),
         }
+
+    def _mask(self, x: torch.Tensor, dim: Any) -> torch.Tensor | None:
+        """Positions that are not removed; what is zero in the dense model too is there."""
+        mask = _kept(x, dim)
+        if self.dense is None:
+            self.zeros.append(mask)
+            return None
+        before = self.dense.pop(0) if self.dense else None
+        return mask if mask is None or before is None or before.shape != mask.shape else mask | ~before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -152,7 +172,7 @@ class _KeptOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def mean(self, x: torch.Tensor, dim: Any, keepdim: bool = False, *, dtype: Any = None) -> torch.Tensor:
         x = x if dtype is None else x.to(dtype)
-        mask = _kept(x, dim)
+        mask = self._mask(x, dim)
         if mask is None:
             return aten.mean.dim(x, dim, keepdim)  # type: ignore[no-any-return]
         total = x.sum(dim, keepdim=True) / mask.sum(_dims(x, dim), keepdim=True).clamp(min=1)
@@ -169,8 +189,14 @@ class _KeptOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mean, mask = self.masks.get(id(b), (None, None))
         return result * mask if mean is b and mask is not None and result.dim() == mask.dim() else result
 
+    def div(self, a: Any, b: Any) -> torch.Tensor:
+        """A removed row of a normalised weight is nothing by nothing."""
+        result: torch.Tensor = aten.div.Tensor(a, b)
+        nothing = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and bool(torch.isnan(result).any())
+        return torch.where((a == 0) & (b == 0), torch.zeros_like(result), result) if nothing else result
+
     def var(self, x: torch.Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> torch.Tensor:
-        mask = _kept(x, dim)
+        mask = self._mask(x, dim)
         if mask is None:
             return aten.var.correction(x, dim, correction=correction, keepdim=keepdim)  # type: ignore[no-any-return]
         dims = _dims(x, dim)
@@ -181,7 +207,9 @@ class _KeptOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def layer_norm(self, x: torch.Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> tuple[torch.Tensor, ...]:
         dims = list(range(x.dim() - len(shape), x.dim()))
-        mask = _kept(x, dims)
+        mask = self._mask(x, dims)
+        if self.dense is not None and weight is not None and bool((weight == 0).any()):
+            mask = (weight != 0).expand(x.shape)  # units may hold something, and be removed all the same
         if mask is None:
             return aten.native_layer_norm.default(x, shape, weight, bias, eps)  # type: ignore[no-any-return]
         count = mask.sum(dims, keepdim=True).clamp(min=1)

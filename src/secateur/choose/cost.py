@@ -185,7 +185,8 @@ def uniform_cost(
         kinds: those whose size is the same in every layer that has them.
         ladder: for 0, 1, 2... layers fewer: which ones go. Without it every layer counts as their mean.
     """
-    layers = [block.name for block in space.layers()]
+    # Of several stacks no single number of layers says what stays.
+    layers = [block.name for block in space.layers()] if len(space.stacks) == 1 else []
     whole = _by_kind(space, polynomials(space, workload), kinds)
     bare = _by_kind(space, polynomials(space, workload, layers), kinds)
     count = max(1, len(layers))

@@ -17,7 +17,7 @@ DIVISORS: Mapping[str, int] = {
     **{"ssm_heads": 1, "ssm_head_dim": 8, "ssm_channels": 256, "layers": 2},
 }
 MIN_CHOICES = 8
-MOST_POINTS = 40_000
+MOST_POINTS = 200_000
 """Architectures that a search looks at: with many kinds each gets fewer sizes to choose from."""
 MEASURES = ("params", "active_params", "memory")
 
@@ -62,7 +62,7 @@ class Grid:
         free = [kind for kind in thin if kind not in self.ties]
         while prod(len(thin[kind]) for kind in free) > most:
             kind = max(free, key=lambda k: len(thin[k]))
-            if len(thin[kind]) < 3:  # noqa: PLR2004 - the present size and the smallest always stay
+            if len(thin[kind]) < 3:
                 break
             thin[kind] = list(dict.fromkeys([*thin[kind][::2], thin[kind][-1]]))
         return Grid(self.dense, thin, self.ties)

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -53,24 +53,19 @@ def proved(model: nn.Module, space: Space, inputs: Inputs = None) -> Space:
     args, kwargs = pytree.tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, (args, kwargs))
     stored = [*model.named_parameters(), *model.named_buffers()]
     hollow = with_tensors(model, {name: torch.empty_like(tensor, device="meta") for name, tensor in stored})
-    given: Inputs = kwargs or args
+    subject, given = hollow, cast("Inputs", kwargs or args)
+    real = not any(tensor.is_meta for _, tensor in stored)
 
     def fault(axes: Sequence[Axis], blocks: Sequence[Block]) -> str | None:
+        nonlocal subject, given
         plan = trial_plan(axes, blocks)
         if not plan.kept and not plan.dropped:
             return None
-        try:
-            plan.check(space)
-            operate(hollow, plan, space, sliced(hollow, plan, space), given)
-        except SecateurError as error:
-            first = str(error)
-        else:
-            return None
-        try:  # what surgery cannot follow, the stock class may still build from a config
-            apply(hollow, plan, space=space, inputs=given)
-        except SecateurError:
-            return first
-        return None
+        wrong = _trial(subject, plan, space, given)
+        if wrong is not None and "device" in wrong and real and subject is hollow:
+            subject, given = model, inputs  # its code makes tensors on the CPU: the real weights are tried
+            wrong = _trial(subject, plan, space, given)
+        return wrong
 
     if fault(space.axes, space.blocks) is None:
         return space
@@ -82,10 +77,26 @@ def proved(model: nn.Module, space: Space, inputs: Inputs = None) -> Space:
     return without(space, good_axes, good_blocks, bad)
 
 
+def _trial(model: nn.Module, plan: Plan, space: Space, inputs: Inputs) -> str | None:
+    """What goes wrong when a plan is applied; None where nothing does."""
+    try:
+        plan.check(space)
+        operate(model, plan, space, sliced(model, plan, space), inputs)
+    except SecateurError as error:
+        wrong = str(error)
+    else:
+        return None
+    try:  # what surgery cannot follow, the stock class may still build from a config
+        apply(model, plan, space=space, inputs=inputs)
+    except SecateurError:
+        return wrong
+    return None
+
+
 def _sound(
     items: Sequence[Item], fault: Callable[[Sequence[Item]], str | None], bad: dict[str, str]
 ) -> tuple[Item, ...]:
-    """Items whose form (kind, and place without layer numbers) passes a trial; `bad` takes the others' faults."""
+    """Items whose form passes a trial; `bad` takes the others' faults."""
     kinds: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         kinds[item.kind].append(item)
@@ -96,7 +107,7 @@ def _sound(
             continue
         forms: dict[str, list[Item]] = defaultdict(list)
         for item in kind:
-            forms[re.sub(r"\d+", "*", item.name)].append(item)
+            forms[form(item)].append(item)
         for alike in forms.values():
             wrong = fault(alike)
             if wrong is None:
@@ -107,7 +118,7 @@ def _sound(
 
 
 def trial_plan(axes: Iterable[Axis], blocks: Iterable[Block]) -> Plan:
-    """Every fourth unit of each axis, and the last block of each kind in each stack that has another."""
+    """Every fourth unit of each axis, and the first block of each form that leaves another of its kind in its stack."""
     kept = {}
     for axis in axes:
         per_group = axis.per_group
@@ -115,14 +126,23 @@ def trial_plan(axes: Iterable[Axis], blocks: Iterable[Block]) -> Plan:
         if stay < per_group:
             units = tuple(g * per_group + u for g in range(axis.groups) for u in range(stay))
             kept[axis.name] = Kept(axis.kind, axis.size, units)
-    stacks: dict[tuple[str, str], list[str]] = defaultdict(list)
+    stacks: dict[tuple[str, str], list[Block]] = defaultdict(list)
     for block in blocks:
-        stacks[block.stack, block.kind].append(block.name)
+        stacks[block.stack, block.kind].append(block)
     dropped: list[str] = []
-    for names in stacks.values():
-        free = [n for n in names if not any(n.startswith(f"{d}.") or d.startswith(f"{n}.") for d in dropped)]
-        dropped += free[-1:] if len(names) > 1 else []
+    for (stack, _), alike in stacks.items():
+        forms = {form(block): block.name for block in reversed(alike)}
+        for name in forms.values():
+            apart = not any(name.startswith(f"{d}.") or d.startswith(f"{name}.") for d in dropped)
+            if apart and sum(d.startswith(f"{stack}.") for d in dropped) < len(alike) - 1:
+                dropped.append(name)
     return Plan(kept, tuple(dropped))
+
+
+def form(item: Axis | Block) -> str:
+    """What is alike in its place but for the number of its layer, and has the same parameters."""
+    own = sorted(n.removeprefix(item.name) for n in item.parameters) if isinstance(item, Block) else []
+    return re.sub(r"\d+", "*", item.name + " ".join(own))
 
 
 def without(space: Space, axes: Sequence[Axis], blocks: Sequence[Block], bad: dict[str, str]) -> Space:

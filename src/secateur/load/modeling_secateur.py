@@ -81,6 +81,7 @@ class SizedAttention(nn.MultiheadAttention):
     def _sized(self) -> None:
         if self.bias_k is not None or self.bias_v is not None or self.add_zero_attn:
             raise ValueError("nn.MultiheadAttention with add_bias_kv or add_zero_attn cannot be cut")
+        self.scale = self.head_dim**-0.5  # as in the dense model, however many of its dimensions are left
         self._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from its fused path
 
     def forward(
@@ -113,13 +114,13 @@ class SizedAttention(nn.MultiheadAttention):
         mask = self._mask(query, key, key_padding_mask, attn_mask, is_causal)
         scores = None
         if need_weights:
-            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            scores = q @ k.transpose(-2, -1) * self.scale
             scores = (scores if mask is None else scores + mask).softmax(-1)
             mixed = nn.functional.dropout(scores, self.dropout, self.training) @ v
             scores = scores.mean(1) if average_attn_weights else scores
         else:
             drop = self.dropout if self.training else 0.0
-            mixed = nn.functional.scaled_dot_product_attention(q, k, v, mask, drop)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, mask, drop, scale=self.scale)
         result = self.out_proj(mixed.transpose(1, 2).flatten(2))
         result = result if self.batch_first else result.transpose(0, 1)
         if batched:

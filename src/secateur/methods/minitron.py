@@ -1,7 +1,8 @@
 """Minitron: width and depth pruning of language models by activation importance.
 
 Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation" (arXiv:2407.14679) and
-Sreenivas et al. 2024, "LLM Pruning and Distillation in Practice: The Minitron Approach" (arXiv:2408.11796).
+Sreenivas et al. 2024, "LLM Pruning and Distillation in Practice: The Minitron Approach" (arXiv:2408.11796); state-space
+layers after Taghibakhshi et al. 2025 (arXiv:2504.11409), experts after Lasby et al. 2025 (REAP, arXiv:2510.13999).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 
 from secateur.choose.budget import Budget
-from secateur.choose.cost import UNIFORM_KINDS, Workload, costs, uniform_cost
+from secateur.choose.cost import UNIFORM_KINDS, Workload, least_cost, uniform_cost
 from secateur.choose.plan import Plan
 from secateur.choose.rank import plan_for_sizes
-from secateur.choose.search import MEASURES, Candidate, Grid, choices, search
+from secateur.choose.search import MEASURES, Candidate, Grid, check_reachable, choices, search
 from secateur.cut import apply
-from secateur.cut.config import Sizes, describes, field_of, kind_of, sizes_of
+from secateur.cut.config import Sizes, field_of, kinds_of, sizes_of
+from secateur.cut.uniform import Uniform, both
 from secateur.errors import SecateurError, nearest
 from secateur.load.model import sliding_window
 from secateur.measure.quality import Batch, Metric
@@ -30,6 +32,8 @@ from secateur.score.cache import Cache
 from secateur.space import Space, discover
 
 KINDS = (*UNIFORM_KINDS, "layers")
+_JOINT = ("hidden", "heads", "kv_groups", "ssm_heads", "ssm_head_dim", "ssm_channels")
+"""Kinds of which a config may reject some combinations; each of the others can be cut by itself."""
 
 
 def minitron(
@@ -61,10 +65,10 @@ def minitron(
         model: a Hugging Face causal language model.
         budget: limits on params, active_params and memory, or exact dims; not both.
         data: calibration token rows [batch, sequence]; each row is one sample.
-        max_width_cut: the largest share of hidden size, FFN, heads or KV groups that may go.
+        max_width_cut: the largest share of any width (hidden size, FFN, heads, experts...) that may go.
         max_depth_cut: the largest share of layers that may go.
-        divisors: kind -> multiples of which sizes may be; Minitron's (hidden 256, ffn 512, layers 2) by default,
-            halved until there are eight sizes to choose from.
+        divisors: kind -> multiples of which sizes may be; Minitron's (hidden 256, ffn 512, experts 8, ssm_head_dim 8,
+            layers 2) by default, halved until there are eight sizes to choose from.
         skip: kinds that keep their size.
         top_k: how many candidates are really scored.
         score: what scores them; the KL to the dense model on the first `score_samples` rows by default.
@@ -84,15 +88,16 @@ def minitron(
     if budget.dims:
         if budget.limits or budget.n_m:
             raise SecateurError(f"give either exact dims or a budget, not both: {budget}")
-        return _exact(study, _target_sizes(study.space, _config(model), budget.dims), presorted)
+        return _exact(study, Uniform(model, study.space), budget.dims, presorted)
     unserved = [m for m in budget.limits if m not in MEASURES] + (["n:m"] if budget.n_m else [])
     if unserved or not budget.limits:
         what = f"a budget of {unserved[0]} is not served by minitron" if unserved else "no budget and no dims are given"
         raise SecateurError(f"{what}: it takes {', '.join(MEASURES)}, or exact dims")
     if top_k < 1:
         raise SecateurError(f"top_k must be at least 1, not {top_k}")
-    grid = _grid(study.space, _config(model), max_width_cut, max_depth_cut, divisors or {}, skip)
-    return _search(study, budget, grid, workload, score, top_k, presorted)
+    uniform = Uniform(model, study.space)
+    grid = _grid(uniform, max_width_cut, max_depth_cut, divisors or {}, skip)
+    return _search(study, uniform, budget, grid, workload, score, top_k, presorted)
 
 
 def _config(model: nn.Module) -> Any:
@@ -104,65 +109,73 @@ def _config(model: nn.Module) -> Any:
     return config
 
 
-def _exact(study: Study, sizes: dict[str, int], presorted: bool) -> Decision:
+def _exact(study: Study, uniform: Uniform, dims: Mapping[str, int], presorted: bool) -> Decision:
     """Cut to exact sizes."""
-    dense = sizes_of(study.space)
-    wanted = Sizes(**{kind: sizes.get(kind, dense.get(kind)) for kind in KINDS})
-    if not describes(study.model, study.space, wanted):
-        raise SecateurError(_indescribable(study, wanted))
-    drop = 0 if dense.layers is None or wanted.layers is None else dense.layers - wanted.layers
-    scores = study.scores(layers=drop > 0, presorted=presorted)
+    sizes, by_name = _target_sizes(study.space, _config(study.model), dims), sizes_of(study.space)
+    dense = {kind: size for kind in KINDS if (size := by_name.get(kind)) is not None}
+    asked = {kind: size for kind, size in sizes.items() if kind != "layers"}
+    widths = uniform.completed(asked, dense)
+    if widths is None:
+        raise SecateurError(_indescribable(study, Sizes(**{kind: sizes.get(kind, dense.get(kind)) for kind in KINDS})))
+    drop = dense["layers"] - sizes["layers"] if "layers" in sizes else 0
+    scores = study.scores(layers=drop > 0, presorted=presorted, kinds=list(widths))
     ladder: Ladder = study.depth(scores, drop) if drop else [((), 0.0)]
-    widths = {kind: size for kind, size in sizes.items() if kind != "layers"}
+    if len(ladder) <= drop:
+        raise SecateurError(f"dims: of {dense['layers']} layers at most {len(ladder) - 1} can be dropped, not {drop}")
     plan = plan_for_sizes(study.space, scores.axes, widths, ladder[-1][0])
     return _decision(study, plan, scores, {"depth_kl": [[len(names), kl] for names, kl in ladder[1:]]})
 
 
 def _indescribable(study: Study, wanted: Sizes) -> str:
     """Why no stock config has these sizes, in the words of the config class where it has any."""
-    config = _config(study.model)
-    shown = ", ".join(f"{field_of(config, k)}={wanted.get(k)}" for k in KINDS if wanted.get(k) is not None)
+    config, whole = _config(study.model), sizes_of(study.space)
+    words = {k: field_of(config, k, whole.get(k)) or k for k in KINDS}
+    shown = ", ".join(f"{words[k]}={wanted.get(k)}" for k in KINDS if wanted.get(k) is not None)
     rule = ""
     if wanted.hidden and wanted.heads and wanted.hidden % wanted.heads:
         rule = f": {wanted.heads} heads do not divide a hidden size of {wanted.hidden}"
-    whole = sizes_of(study.space)
     head_dim = (whole.hidden or 0) // (whole.heads or 1)
-    if not rule and not hasattr(config, "head_dim") and (wanted.hidden or 0) != head_dim * (wanted.heads or 0):
+    if (
+        not rule
+        and wanted.heads
+        and not hasattr(config, "head_dim")
+        and (wanted.hidden or 0) != head_dim * (wanted.heads or 0)
+    ):
         rule = f": with a fixed head dimension of {head_dim}, hidden must be {head_dim} x heads"
     return f"dims: {type(config).__name__} cannot describe {shown}{rule}"
 
 
 def _search(
-    study: Study, budget: Budget, grid: Grid, workload: Workload, score: Metric | None, top_k: int, presorted: bool
-) -> Decision:
+    study: Study, uniform: Uniform, budget: Budget, grid: Grid, workload: Workload, score: Metric | None, top_k: int,
+    presorted: bool,
+) -> Decision:  # fmt: skip
     """Find the best architecture within a budget."""
-    cost = uniform_cost(study.space, workload)
-    valid = _validity(study)
-    search(grid, cost, budget, lambda _: 0.0, valid, 1)  # says so at once when the budget cannot be met
-    scores = study.scores(layers=len(grid.choices.get("layers", ())) > 1, presorted=presorted)
+    kinds = [kind for kind in grid.dense if kind != "layers"]
+    valid = _validity(uniform, grid)
+    check_reachable(grid, least_cost(study.space, workload, kinds), budget, valid)
+    cut = [kind for kind, sizes in grid.choices.items() if len(sizes) > 1]
+    scores = study.scores(layers="layers" in cut, presorted=presorted, kinds=cut)
     sensitivity = study.sensitivity(scores, grid, presorted=presorted)
+    grid = _droppable(grid, sensitivity)
+    cost = uniform_cost(study.space, workload, kinds, [names for names, _ in sensitivity.depth])
     loss = sensitivity.loss(study.space, scores, grid.dense)
     best, feasible = search(grid, cost, budget, loss, valid, top_k)
     metric = score or Metric("kl", study.kl, higher_is_better=False)
-    limits = {m: x.absolute(costs(study.space, Plan(), workload).of(m)) for m, x in budget.limits.items()}
     ranked: list[tuple[Candidate, Plan, float]] = []
     with study.timed("candidates"):
         for candidate in study.track(best, f"scoring {len(best)} of {feasible:,} candidates by {metric.name}"):
             plan = _plan_of(study.space, candidate, grid, scores, sensitivity)
-            exact = costs(study.space, plan, workload)
-            if all(exact.of(measure) <= limit for measure, limit in limits.items()):
-                own = None if score is None else score.function(apply(study.model, plan, space=study.space))
-                value = study.candidate_kl(plan) if own is None else own
-                ranked.append((Candidate(candidate.sizes, exact, candidate.loss), plan, value))
-    if not ranked:
-        raise SecateurError("no candidate keeps the budget once layers are counted exactly: allow a greater --top-k")
+            own = None if score is None else score.function(apply(study.model, plan, space=study.space))
+            value = study.candidate_kl(plan) if own is None else own
+            ranked.append((candidate, plan, value))
     chosen = ranked[0]
     for entry in ranked[1:]:  # of equal scores the one of the least expected KL stays
         chosen = entry if metric.better(entry[2], chosen[2]) else chosen
     table = [
         {
-            "sizes": named(_config(study.model), candidate.sizes),
+            "sizes": named(_config(study.model), candidate.sizes, grid.dense),
             "params": candidate.costs.params,
+            "active_params": candidate.costs.active_params,
             "memory": candidate.costs.memory,
             "expected_kl": candidate.loss,
             "score": value,
@@ -181,18 +194,23 @@ def _search(
     return _decision(study, chosen[1], scores, {"search": {**search_details, "candidates": table, "probes": probes}})
 
 
-def _validity(study: Study) -> Callable[[Mapping[str, int]], bool]:
-    """Whether the stock config can have such sizes; asked once for each hidden size, heads and KV groups."""
-    known: dict[tuple[int | None, ...], bool] = {}
+def _validity(uniform: Uniform, grid: Grid) -> Callable[[Mapping[str, int]], bool]:
+    """Whether the stock config can have such sizes; asked once for each that it may reject."""
+    joint = [kind for kind in grid.dense if kind in _JOINT]
 
     def valid(sizes: Mapping[str, int]) -> bool:
-        wanted = Sizes(**{kind: sizes.get(kind) for kind in KINDS})
-        key = (wanted.hidden, wanted.heads, wanted.kv_groups)
-        if key not in known:
-            known[key] = describes(study.model, study.space, wanted)
-        return known[key]
+        return uniform.describes({kind: sizes[kind] for kind in joint if kind in sizes})
 
     return valid
+
+
+def _droppable(grid: Grid, sensitivity: Sensitivity) -> Grid:
+    """The same without depths that the greedy removal could not reach."""
+    if "layers" not in grid.choices:
+        return grid
+    least = grid.dense["layers"] - max(0, len(sensitivity.depth) - 1)
+    layers = [size for size in grid.choices["layers"] if size >= least]
+    return Grid(grid.dense, {**grid.choices, "layers": layers}, grid.ties)
 
 
 def _plan_of(space: Space, candidate: Candidate, grid: Grid, scores: Scores, sensitivity: Sensitivity) -> Plan:
@@ -213,43 +231,65 @@ def _count(batch: Batch) -> int:
     return len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
 
 
-def named(config: Any, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Sizes under the config's own names."""
-    return {str(field_of(config, kind)): size for kind, size in sizes.items()}
+def named(config: Any, sizes: Mapping[str, int], dense: Mapping[str, int]) -> dict[str, int]:
+    """Sizes under the config's own names, as far as it has any; `dense` are the model's sizes by kind."""
+    return {field_of(config, kind, dense[kind]) or kind: size for kind, size in sizes.items()}
 
 
-def _grid(
-    space: Space, config: Any, width: float, depth: float, divisors: Mapping[str, int], skip: Sequence[str]
-) -> Grid:
+def _grid(uniform: Uniform, width: float, depth: float, divisors: Mapping[str, int], skip: Sequence[str]) -> Grid:
     for name, cut in (("max_width_cut", width), ("max_depth_cut", depth)):
         if not 0 <= cut < 1:
             raise SecateurError(f"{name} must be at least 0 and below 1, not {cut}")
+    space, config = uniform.space, _config(uniform.model)
     sizes = sizes_of(space)
     dense = {kind: size for kind in KINDS if (size := sizes.get(kind)) is not None}
     uneven = [kind for kind in UNIFORM_KINDS if space.of_kind(kind) and kind not in dense]
-    if uneven:
-        raise SecateurError(f"the layers differ in {', '.join(uneven)}: minitron needs the same sizes in every layer")
-    skipped = {_kind(config, name, dense, "skip") for name in skip}
-    steps = {_kind(config, name, dense, "divisors"): step for name, step in divisors.items()}
+    skipped = {kind for name in skip if name not in uneven for kind in _kinds(config, name, sizes, "skip")}
+    differing = [kind for kind in uneven if kind not in skip]
+    if differing:
+        raise SecateurError(
+            f"the layers differ in {', '.join(differing)}: minitron needs the same sizes in every layer, or skip it"
+        )
+    steps = {kind: step for name, step in divisors.items() for kind in _kinds(config, name, sizes, "divisors")}
     clash = skipped & set(steps)
     if clash:
         raise SecateurError(f"{clash.pop()} is both skipped and given a divisor")
     found = {}
     for kind, size in dense.items():
         cut = 0.0 if kind in skipped else depth if kind == "layers" else width
-        found[kind] = choices(kind, size, cut, steps.get(kind)) if cut else [size]
-    return Grid(dense, found)
+        axes = [axis for axis in space.of_kind(kind) if axis.parent is None]
+        groups, minimum = (max((getattr(axis, what) for axis in axes), default=1) for what in ("groups", "minimum"))
+        own = choices(kind, size, cut, steps.get(kind), groups=groups, minimum=minimum) if cut else [size]
+        found[kind] = own if len(own) > 1 else [size]
+    return _tied(uniform, Grid(dense, found)).thinned()
 
 
-def _kind(config: Any, name: str, dense: Mapping[str, int], option: str) -> str:
-    """A kind by its own name or the config's."""
+def _tied(uniform: Uniform, grid: Grid) -> Grid:
+    """Kinds that one number of the config sets are cut together, or not at all where one of them is skipped."""
+    ties = uniform.ties(grid.dense)
+    found = dict(grid.choices)
+    for follower, leader in ties.items():
+        pairs = [both(grid.dense, leader, size, follower) for size in found[leader]]
+        fitting = [pair for pair in pairs if pair is not None]
+        if len(found[follower]) == 1:
+            fitting = fitting[:1]
+        found[leader] = [pair[leader] for pair in fitting]
+    for follower, leader in ties.items():
+        found[follower] = [grid.dense[follower] * size // grid.dense[leader] for size in found[leader]]
+    return Grid(grid.dense, found, ties)
+
+
+def _kinds(config: Any, name: str, dense: Sizes, option: str) -> tuple[str, ...]:
+    """Kinds by their own name or the config's."""
+    known = [kind for kind in KINDS if dense.get(kind) is not None]
     try:
-        kind = kind_of(config, name)
+        kinds = kinds_of(config, name, dense)
     except SecateurError as error:
-        raise SecateurError(f"{option}: there is no kind {name!r}{nearest(name, dense)}") from error
-    if kind not in dense:
-        raise SecateurError(f"{option}: this model has no {kind}; it has {', '.join(dense)}")
-    return kind
+        raise SecateurError(f"{option}: there is no kind {name!r}{nearest(name, known)}") from error
+    for kind in kinds:
+        if kind not in known:
+            raise SecateurError(f"{option}: this model has no {kind}; it has {', '.join(known)}")
+    return kinds
 
 
 def _target_sizes(space: Space, config: Any, dims: Mapping[str, int]) -> dict[str, int]:
@@ -257,17 +297,18 @@ def _target_sizes(space: Space, config: Any, dims: Mapping[str, int]) -> dict[st
     dense = sizes_of(space)
     sizes: dict[str, int] = {}
     for name, size in dims.items():
-        kind = kind_of(config, name)
-        have = dense.get(kind)
-        if kind == "kv_groups" and have is None:
-            kind, have = "heads", dense.heads  # each head has its own keys: the two numbers are one
-        if have is None:
-            raise SecateurError(f"dims: the {kind} of this model cannot be cut, so {name}={size} cannot be set")
-        if size > have:
-            raise SecateurError(f"dims: {name}={size} is above the current size of {have}")
-        if sizes.get(kind, size) != size:
-            raise SecateurError(f"dims: {kind} is given twice, as {sizes[kind]} and {size}")
-        sizes[kind] = size
+        for found in kinds_of(config, name, dense):
+            alone = found == "kv_groups" and dense.kv_groups is None  # each head has its own keys: one number for both
+            kind = "heads" if alone else found
+            have = dense.get(kind)
+            if have is None:
+                raise SecateurError(f"dims: the {kind} of this model cannot be cut, so {name}={size} cannot be set")
+            if size > have:
+                raise SecateurError(f"dims: {name}={size} is above the current size of {have}")
+            if sizes.get(kind, size) != size:
+                raise SecateurError(f"dims: {kind} is given twice, as {sizes[kind]} and {size}")
+            _check_units(space, kind, name, size)
+            sizes[kind] = size
     if all(dense.get(kind) == size for kind, size in sizes.items()):
         raise SecateurError(f"dims {dict(dims)} are the model's own: nothing would be cut")
     if dense.heads and dense.kv_groups:
@@ -283,3 +324,16 @@ def _target_sizes(space: Space, config: Any, dims: Mapping[str, int]) -> dict[st
                 f"dims: {heads} heads over {groups} KV groups are {heads // groups} in each, the model has {per_group}"
             )
     return sizes
+
+
+def _check_units(space: Space, kind: str, name: str, size: int) -> None:
+    """Raise SecateurError where fewer units are asked for than must stay, or groups cannot share them."""
+    for axis in space.of_kind(kind):
+        if size < axis.minimum:
+            raise SecateurError(
+                f"dims: {name}={size} leaves fewer {kind} than the {axis.minimum} that each token meets"
+            )
+        if axis.parent is None and size % axis.groups:
+            raise SecateurError(
+                f"dims: {name}={size} cannot be shared evenly by the {axis.groups} groups of {axis.name}"
+            )

@@ -10,6 +10,7 @@ from secateur.choose.plan import Plan
 from secateur.choose.rank import lost_energy, plan_for_sizes
 from secateur.choose.search import Grid, per_group
 from secateur.cut import apply
+from secateur.errors import SecateurError
 from secateur.progress import Track, quiet
 from secateur.score.activation import Scores
 from secateur.space import Space
@@ -88,8 +89,10 @@ def drop_layers(
 ) -> Ladder:
     """Drop up to `count` layers greedily: block influence proposes, the KL of the real removal decides.
 
+    A layer that the model cannot be without (some compute masks for all from the first of their type) is passed over.
+
     Returns:
-        For 0..count dropped layers: their names in the model's order, and the KL.
+        For 0, 1, 2... dropped layers, `count` where that many can go: their names in the model's order, and the KL.
     """
     order = [layer.name for layer in space.layers()]
     ladder: list[tuple[tuple[str, ...], float]] = [((), 0.0)]
@@ -97,9 +100,16 @@ def drop_layers(
         gone = ladder[-1][0]
         left = sorted((name for name in order if name not in gone), key=lambda name: (scores.blocks[name], name))
         trials: list[tuple[float, int, tuple[str, ...]]] = []
-        for rank, name in enumerate(track(left[:PROPOSALS], f"dropping layer {len(gone) + 1} of {count}")):
+        for rank, name in enumerate(track(left, f"dropping layer {len(gone) + 1} of {count}")):
             trial = tuple(layer for layer in order if layer in gone or layer == name)
-            trials.append((kl(apply(model, Plan(dropped=trial), space=space)), rank, trial))
+            try:
+                trials.append((kl(apply(model, Plan(dropped=trial), space=space)), rank, trial))
+            except SecateurError:
+                continue
+            if len(trials) == PROPOSALS:
+                break
+        if not trials:
+            return ladder
         best = min(trials)
         ladder.append((best[2], best[0]))
     return ladder

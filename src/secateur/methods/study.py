@@ -80,12 +80,12 @@ class Study:
         finally:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - begin
 
-    def scores(self, *, layers: bool, presorted: bool) -> Scores:
-        """Importance of all axes, and of the layers where those may go.
+    def scores(self, *, layers: bool, presorted: bool, kinds: Sequence[str] = UNIFORM_KINDS) -> Scores:
+        """Importance of the axes of some kinds, and of the layers where those may go.
 
         With `presorted`, units count as ordered by importance already, the best first, and are not scored.
         """
-        axes = [axis for axis in self.space.axes if axis.kind in UNIFORM_KINDS]
+        axes = [axis for axis in self.space.axes if axis.kind in kinds]
         in_order = {axis.name: torch.arange(axis.per_group, 0, -1.0).repeat(axis.groups) for axis in axes}
         if presorted and not layers:
             return Scores(in_order, {}, 0, 0)
@@ -96,7 +96,9 @@ class Study:
             return dict(found.axes), {"blocks": dict(found.blocks), "samples": found.samples, "tokens": found.tokens}
 
         with self.timed("scoring"):
-            tensors, values = self._cached(compute, what="activation", layers=layers, presorted=presorted)
+            tensors, values = self._cached(
+                compute, what="activation", layers=layers, presorted=presorted, kinds=sorted(kinds)
+            )
         return Scores(in_order if presorted else tensors, values["blocks"], values["samples"], values["tokens"])
 
     def depth(self, scores: Scores, count: int) -> Ladder:

@@ -258,7 +258,8 @@ def report_of(
     )
     before, after = sizes_of(space), sizes_of(space, plan)
     kinds = [kind for kind in DIVISORS if before.get(kind) is not None]
-    names = {kind: kind if config is None else next(iter(named(config, {kind: 0}))) for kind in kinds}
+    dense = {kind: before.get(kind) or 0 for kind in kinds}
+    names = {kind: kind if config is None else next(iter(named(config, {kind: 0}, dense))) for kind in kinds}
     whole, rest = costs(space, Plan(), workload), costs(space, plan, workload)
     report: dict[str, Any] = {
         "secateur": plan.origin["secateur"],

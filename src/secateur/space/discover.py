@@ -198,8 +198,8 @@ class _Namer:
             weight = self.flow.value(node.args[1])
             for leaf in leaves(term):
                 if id(leaf) in self.axes and weight.source is not None:
-                    least = self.axes[id(leaf)].minimum
-                    yield Router(flows.module_of(node), self.axes[id(leaf)].name, weight.source[0], least)
+                    active = self.kinds.active(leaf)
+                    yield Router(flows.module_of(node), self.axes[id(leaf)].name, weight.source[0], active)
 
     def _norms(self) -> Iterator[Norm]:
         weights = norm_weights(self.flow)

@@ -171,15 +171,21 @@ class Kinds:
         return wide >= 0 and any(self._rank(p.tensor) > 2 for p in within)
 
     def minimum(self, var: Var) -> int:
-        """Units of the whole axis that must stay: as many as a router picks."""
+        """Units of the whole axis that must stay: as many as a router picks, of each group and of all."""
         group = self.groups[id(var)]
-        least = 1
+        each = group.size if group is not None else 1
+        return max(1, *(least * each if alone else least for alone, least in self._picks(var)), 1)
+
+    def active(self, var: Var) -> int:
+        """Experts that each token meets: as many as a router picks of all."""
+        return max((least for alone, least in self._picks(var) if not alone), default=self.minimum(var))
+
+    def _picks(self, var: Var) -> Iterator[tuple[bool, int]]:
+        """(Whether within one group, how many units) of every choice among the units."""
         for held in self.flow.deferred:
             found = list(leaves(held.term))
             if "experts" in var.roles and any(leaf is var for leaf in found):
-                alone = len(found) == 1 and group is not None
-                least = max(least, held.at_least * group.size if alone and group else held.at_least)
-        return least
+                yield len(found) == 1 and self.groups[id(var)] is not None, held.at_least
 
 
 def _parent(path: str) -> str:

@@ -19,7 +19,7 @@ _SIGNS: Mapping[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
-    "//": lambda a, b: a // b,
+    "//": lambda a, b: a // b if b else 0,
 }
 
 

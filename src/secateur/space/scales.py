@@ -67,6 +67,8 @@ def find_constants(flow: Flow) -> Iterator[Constant]:
     for literal in flow.literals:
         sizes[literal.node].append(literal.value)
     for node in flow.order:
+        if op_name(node) == "aten.scalar_tensor":  # how a scalar reaches `where` depends on the device
+            continue
         counted = (int, float) if op_name(node).rstrip("_") in _NUMBERED else (float,)
         numbers = [n for n in _numbers((*node.args, *node.kwargs.values())) if isinstance(n, counted)]
         if op_name(node).startswith("aten.conv"):  # defaults at the end are left out of the graph

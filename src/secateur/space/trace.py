@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import SecateurError
 from secateur.load.mode import evaluating
 from secateur.space.inputs import example_inputs
-from secateur.space.provenance import Recorder, tagging
+from secateur.space.provenance import Recorder, holders, tagging
 
 _TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 Inputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | None
@@ -54,9 +54,13 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     Rotary tables of longrope are such, and attentions that are exchanged for short sequences (BigBird).
     """
     kept = [(m, dict(vars(m)), dict(m._buffers), dict(m._modules)) for m in model.modules()]
+    configs = [(config, dict(vars(config))) for _, config, is_config in holders(model) if is_config]
     try:
         yield
     finally:
+        for config, values in configs:
+            vars(config).clear()
+            vars(config).update(values)
         for module, attributes, buffers, parts in kept:
             vars(module).clear()
             vars(module).update(attributes)

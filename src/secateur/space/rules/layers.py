@@ -93,10 +93,8 @@ def _per_channel(flow: Flow, node: fx.Node, x: Value, beside: Sequence[Any], *, 
     for parameter in beside:
         if isinstance(parameter, Value):
             unify(x.dims[1], parameter.dims[0], f"{where(node)}: its parameters cannot be cut")
-    if over_batch:
-        for dim in x.dims[2:]:
-            if is_live(dim):
-                flow.norms.append((module_of(node), dim))
+    for dim in x.dims[2:] if over_batch else ():
+        freeze(dim, f"{where(node)}: every unit counts in its statistics")
     return Value(tuple(resolve(d) for d in x.dims))
 
 
