@@ -28,12 +28,11 @@ SIZES: dict[str, dict[str, Any]] = {
         **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 10, "n_groups": 2, "chunk_size": 8},
         **{"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "n_group": 1, "topk_group": 1},
         **{"moe_shared_expert_intermediate_size": 36, "n_shared_experts": 1, "head_dim": 12, "moe_latent_size": None},
-        **{"use_mamba_kernels": False},
     },
     "jamba": {
         **{"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 10, "mamba_expand": 2},
         **{"mamba_dt_rank": 5, "attn_layer_period": 4, "attn_layer_offset": 3, "expert_layer_period": 2},
-        **{"expert_layer_offset": 1, "use_mamba_kernels": False},
+        "expert_layer_offset": 1,
     },
     "bamba": {
         **{"num_hidden_layers": 2, "attn_layer_indices": [1], "mamba_n_heads": 6, "mamba_d_head": 16},

@@ -127,7 +127,7 @@ def _cut(
         step = "oracle"
         result["error"] = oracle.check(model, cut, space, plan, real)
         step = "backward"
-        _backward(cut, real)
+        _backward(cut, model, real)
     except SecateurError as error:
         return {**result, "status": "refused", "step": step, "message": str(error)}
     except oracle.MismatchError as error:
@@ -168,12 +168,17 @@ def _faded(model: Any, one: Any, other: Any) -> bool:
     return all(bool((a - b).abs().max() <= 1e-5 * a.abs().max()) for a, b in pairs if a.shape == b.shape)
 
 
-def _backward(cut: Any, real: Any) -> None:
-    trained = [p for p in cut.parameters() if p.requires_grad]
-    loss = torch.stack([(x.double().clamp(-1e6, 1e6) ** 2).sum() for x in outputs(cut, real)]).sum()
-    gradients = [g for g in torch.autograd.grad(loss, trained, allow_unused=True) if g is not None]
-    if not gradients or not all(bool(torch.isfinite(g).all()) for g in gradients):
+def _backward(cut: Any, dense: Any, real: Any) -> None:
+    gradients = _gradients(cut, real)
+    finite = all(bool(torch.isfinite(g).all()) for g in gradients)
+    if not gradients or (not finite and all(bool(torch.isfinite(g).all()) for g in _gradients(dense, real))):
         raise oracle.MismatchError("the backward pass gives gradients that are not finite")
+
+
+def _gradients(model: Any, real: Any) -> list[torch.Tensor]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = torch.stack([(x.double().clamp(-1e6, 1e6) ** 2).sum() for x in outputs(model, real)]).sum()
+    return [g for g in torch.autograd.grad(loss, trained, allow_unused=True) if g is not None]
 
 
 def _told(error: BaseException) -> dict[str, Any]:

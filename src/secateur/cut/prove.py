@@ -6,7 +6,7 @@ from a size, a size that is written out. A trial finds that, and the axis is fro
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -58,7 +58,7 @@ def proved(model: nn.Module, space: Space, inputs: Inputs = None) -> Space:
 
     def fault(axes: Sequence[Axis], blocks: Sequence[Block]) -> str | None:
         nonlocal subject, given
-        plan = trial_plan(axes, blocks)
+        plan = trial_plan(axes, blocks, space.stacks)
         if not plan.kept and not plan.dropped:
             return None
         wrong = _trial(subject, plan, space, given)
@@ -117,8 +117,8 @@ def _sound(
     return tuple(item for item in items if item in sound)
 
 
-def trial_plan(axes: Iterable[Axis], blocks: Iterable[Block]) -> Plan:
-    """Every fourth unit of each axis, and the first block of each form that leaves another of its kind in its stack."""
+def trial_plan(axes: Iterable[Axis], blocks: Iterable[Block], stacks: Mapping[str, int]) -> Plan:
+    """Every fourth unit of each axis, and the first block of each form, as long as its stack keeps a layer."""
     kept = {}
     for axis in axes:
         per_group = axis.per_group
@@ -126,23 +126,20 @@ def trial_plan(axes: Iterable[Axis], blocks: Iterable[Block]) -> Plan:
         if stay < per_group:
             units = tuple(g * per_group + u for g in range(axis.groups) for u in range(stay))
             kept[axis.name] = Kept(axis.kind, axis.size, units)
-    stacks: dict[tuple[str, str], list[Block]] = defaultdict(list)
-    for block in blocks:
-        stacks[block.stack, block.kind].append(block)
+    left = dict(stacks)
     dropped: list[str] = []
-    for (stack, _), alike in stacks.items():
-        forms = {form(block): block.name for block in reversed(alike)}
-        for name in forms.values():
-            apart = not any(name.startswith(f"{d}.") or d.startswith(f"{name}.") for d in dropped)
-            if apart and sum(d.startswith(f"{stack}.") for d in dropped) < len(alike) - 1:
-                dropped.append(name)
+    for block in {form(block): block for block in reversed(list(blocks))}.values():
+        apart = not any(block.name.startswith(f"{d}.") or d.startswith(f"{block.name}.") for d in dropped)
+        if apart and (block.kind != "layers" or left[block.stack] > 1):
+            left[block.stack] -= block.kind == "layers"
+            dropped.append(block.name)
     return Plan(kept, tuple(dropped))
 
 
 def form(item: Axis | Block) -> str:
     """What is alike in its place but for the number of its layer, and has the same parameters."""
     own = sorted(n.removeprefix(item.name) for n in item.parameters) if isinstance(item, Block) else []
-    return re.sub(r"\d+", "*", item.name + " ".join(own))
+    return re.sub(r"\d+", "*", " ".join([item.kind, item.name, *own]))
 
 
 def without(space: Space, axes: Sequence[Axis], blocks: Sequence[Block], bad: dict[str, str]) -> Space:
