@@ -1,4 +1,4 @@
-"""Time and memory of discovering Llamas of an 8B shape and more layers, on meta tensors.
+"""Time and memory of discovering and proving Llamas of an 8B shape and more layers, on meta tensors.
 
 Run: .venv/bin/python benchmarks/discovery.py [LAYERS...]; every size runs in a process of its own.
 """
@@ -19,6 +19,7 @@ def measure(layers: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from secateur import discover
+    from secateur.cut.prove import proved
 
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
@@ -27,8 +28,11 @@ def measure(layers: int) -> dict[str, Any]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     begin = time.perf_counter()
-    space = discover(model)
+    traced = discover(model, prove=False)
     seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
+    space = proved(model, traced)
+    proof = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     params = sum(p.numel() for p in model.parameters())
     return {
@@ -36,6 +40,7 @@ def measure(layers: int) -> dict[str, Any]:
         "params": params,
         "axes": len(space.axes),
         "seconds": round(seconds, 2),
+        "proof_seconds": round(proof, 2),
         "MiB": round(peak),
     }
 
@@ -46,7 +51,7 @@ def main() -> None:
         print(json.dumps(measure(int(sys.argv[2]))))
         return
     rows = []
-    for layers in [int(word) for word in sys.argv[1:]] or [8, 16, 32, 64]:
+    for layers in [int(word) for word in sys.argv[1:]] or [8, 16, 32, 64, 80, 128]:
         done = subprocess.run(
             [sys.executable, __file__, "--one", str(layers)], capture_output=True, text=True, check=True
         )

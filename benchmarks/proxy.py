@@ -25,6 +25,7 @@ from secateur.choose.cost import Workload, uniform_cost
 from secateur.choose.rank import lost_energy
 from secateur.choose.search import Candidate, Grid, choices, cost_at, per_group
 from secateur.cut.config import sizes_of
+from secateur.cut.uniform import Uniform
 from secateur.measure.quality import Reference, compare
 from secateur.methods.minitron import KINDS, _plan_of, _validity
 from secateur.methods.study import Study
@@ -43,7 +44,7 @@ def main() -> None:
     scores = study.scores(layers=True, presorted=False)
     sensitivity = study.sensitivity(scores, grid, presorted=False)
     expected = sensitivity.loss(space, scores, dense)
-    cost, valid = uniform_cost(space, Workload()), _validity(study)
+    cost, valid = uniform_cost(space, Workload()), _validity(Uniform(model, space), grid)
     points = [p for p in grid.points() if p != dense and valid(p)]
     random.seed(0)
     drawn = random.sample(points, wanted)

@@ -138,6 +138,10 @@ def _check_units(axis: Axis, kept: Kept) -> None:
         raise SecateurError(f"the plan leaves no unit of {axis.name}: at least one must stay")
     if list(kept.units) != sorted(set(kept.units)) or kept.units[0] < 0 or kept.units[-1] >= axis.size:
         raise SecateurError(f"the kept units of {axis.name} must be ascending and within 0..{axis.size - 1}")
+    if len(kept.units) < axis.minimum:
+        raise SecateurError(
+            f"the plan leaves {len(kept.units)} units of {axis.name}, and a router picks {axis.minimum}: so many must stay"
+        )
     counts = [0] * axis.groups
     for unit in kept.units:
         counts[unit // axis.per_group] += 1

@@ -85,7 +85,7 @@ def per_group(sizes: Mapping[str, int]) -> int:
 
 
 def choices(
-    kind: str, size: int, max_cut: float, divisor: int | None = None, *, groups: int = 1, minimum: int = 1
+    kind: str, size: int, max_cut: float, divisor: int | None = None, *, multiple: int = 1, minimum: int = 1
 ) -> list[int]:
     """Sizes from `size` down to (1 - max_cut) * size in steps of a divisor; the present size is always one.
 
@@ -95,7 +95,7 @@ def choices(
         max_cut: the largest share that may go, 0 to 1.
         divisor: multiples of which are allowed; None for the kind's default, halved while fewer than
             `MIN_CHOICES` sizes are left.
-        groups: which have to share the units evenly.
+        multiple: what else sizes must be multiples of.
         minimum: units that must stay.
 
     Raises:
@@ -106,7 +106,7 @@ def choices(
     if step < 1:
         raise SecateurError(f"the divisor of {kind} must be at least 1, not {step}")
     while True:
-        found = [n for n in range(size - size % step, lowest - 1, -step) if n > 0 and n % groups == 0]
+        found = [n for n in range(size - size % step, lowest - 1, -step) if n > 0 and n % multiple == 0]
         sizes = list(dict.fromkeys([size, *found]))
         if divisor is not None or step == 1 or len(sizes) >= MIN_CHOICES:
             return sizes

@@ -13,8 +13,9 @@ from secateur.cli.models import Making, inputs_of, open_model
 from secateur.cli.options import Common, Group, parse
 from secateur.cli.tables import bytes_text, table
 from secateur.cut.config import FIELDS, field_of
+from secateur.cut.prove import discover
 from secateur.load.model import sliding_window
-from secateur.space import Space, discover
+from secateur.space import Space
 
 
 @dataclasses.dataclass(frozen=True)

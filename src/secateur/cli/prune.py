@@ -228,6 +228,10 @@ def _draw(console: Console, report: dict[str, Any], out: Path, how_to_load: str)
     rows.append(
         ("parameters", f"{params['dense']:,}", f"{params['pruned']:,}", tables.share(params["pruned"], params["dense"]))
     )
+    active = report["costs"]["active_params"]
+    if active != params:
+        row = (f"{active['dense']:,}", f"{active['pruned']:,}", tables.share(active["pruned"], active["dense"]))
+        rows.append(("parameters that a token meets", *row))
     macs = report["costs"]["macs"]
     row = (f"{macs['dense']:,}", f"{macs['pruned']:,}", tables.share(macs["pruned"], macs["dense"]))
     rows.append(("multiply-accumulates", *row))

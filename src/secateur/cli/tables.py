@@ -36,11 +36,13 @@ def candidates(console: Console, search: Mapping[str, Any]) -> None:
     """The ranking of a search."""
     found = search["candidates"]
     names = list(found[0]["sizes"])
+    routed = any(entry["active_params"] != entry["params"] for entry in found)
     rows = [
         (
             f"{rank}" + (" chosen" if entry["chosen"] else ""),
             *(str(entry["sizes"][name]) for name in names),
             f"{entry['params']:,.0f}",
+            *([f"{entry['active_params']:,.0f}"] if routed else []),
             bytes_text(entry["memory"]),
             f"{entry['expected_kl']:.3f}",
             f"{entry['score']:.4f}",
@@ -48,6 +50,7 @@ def candidates(console: Console, search: Mapping[str, Any]) -> None:
         for rank, entry in enumerate(found, start=1)
     ]
     better = "higher" if search["higher_is_better"] else "lower"
-    columns = ("rank", *search["kinds"], "parameters", "memory", "expected KL", search["score"])
+    counts = ("parameters", "active") if routed else ("parameters",)
+    columns = ("rank", *search["kinds"], *counts, "memory", "expected KL", search["score"])
     what = f"{len(rows)} of {search['feasible']:,} architectures within the budget, by expected KL"
     table(console, f"{what}; measured: {search['score']} ({better} is better)", columns, rows)

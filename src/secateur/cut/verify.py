@@ -25,7 +25,7 @@ def mismatch(
     that was not predicted. Modules in `without` have other code than in the dense model: only their shapes count.
     """
     try:
-        traced = discover(new, inputs)
+        traced = discover(new, inputs, sources=False)
     except SecateurError as error:
         return str(error)
     return (

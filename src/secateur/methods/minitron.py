@@ -6,6 +6,7 @@ layers after Taghibakhshi et al. 2025 (arXiv:2504.11409), experts after Lasby et
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from secateur.score.cache import Cache
 from secateur.space import Space, discover
 
 KINDS = (*UNIFORM_KINDS, "layers")
+_ROW_BYTES = 16
+"""What the rows of both operands of `torch._grouped_mm` must be multiples of."""
 _JOINT = ("hidden", "heads", "kv_groups", "ssm_heads", "ssm_head_dim", "ssm_channels")
 """Kinds of which a config may reject some combinations; each of the others can be cut by itself."""
 
@@ -88,7 +91,7 @@ def minitron(
     if budget.dims:
         if budget.limits or budget.n_m:
             raise SecateurError(f"give either exact dims or a budget, not both: {budget}")
-        return _exact(study, Uniform(model, study.space), budget.dims, presorted)
+        return _exact(study, Uniform(model, study.space), budget.dims, presorted, stored_dtype)
     unserved = [m for m in budget.limits if m not in MEASURES] + (["n:m"] if budget.n_m else [])
     if unserved or not budget.limits:
         what = f"a budget of {unserved[0]} is not served by minitron" if unserved else "no budget and no dims are given"
@@ -96,7 +99,7 @@ def minitron(
     if top_k < 1:
         raise SecateurError(f"top_k must be at least 1, not {top_k}")
     uniform = Uniform(model, study.space)
-    grid = _grid(uniform, max_width_cut, max_depth_cut, divisors or {}, skip)
+    grid = _grid(uniform, max_width_cut, max_depth_cut, divisors or {}, skip, stored_dtype)
     return _search(study, uniform, budget, grid, workload, score, top_k, presorted)
 
 
@@ -109,9 +112,11 @@ def _config(model: nn.Module) -> Any:
     return config
 
 
-def _exact(study: Study, uniform: Uniform, dims: Mapping[str, int], presorted: bool) -> Decision:
+def _exact(
+    study: Study, uniform: Uniform, dims: Mapping[str, int], presorted: bool, stored: torch.dtype | None
+) -> Decision:
     """Cut to exact sizes."""
-    sizes, by_name = _target_sizes(study.space, _config(study.model), dims), sizes_of(study.space)
+    sizes, by_name = _target_sizes(uniform, _config(study.model), dims, stored), sizes_of(study.space)
     dense = {kind: size for kind in KINDS if (size := by_name.get(kind)) is not None}
     asked = {kind: size for kind, size in sizes.items() if kind != "layers"}
     widths = uniform.completed(asked, dense)
@@ -171,9 +176,13 @@ def _search(
     chosen = ranked[0]
     for entry in ranked[1:]:  # of equal scores the one of the least expected KL stays
         chosen = entry if metric.better(entry[2], chosen[2]) else chosen
+    config = _config(study.model)
+    words: dict[str, str] = {}
+    for kind in grid.dense:  # one number of the config may set several kinds
+        words.setdefault(next(iter(named(config, {kind: 0}, grid.dense))), kind)
     table = [
         {
-            "sizes": named(_config(study.model), candidate.sizes, grid.dense),
+            "sizes": named(config, {kind: candidate.sizes[kind] for kind in grid.dense}, grid.dense),
             "params": candidate.costs.params,
             "active_params": candidate.costs.active_params,
             "memory": candidate.costs.memory,
@@ -185,7 +194,7 @@ def _search(
         for candidate, _, value in [entry]
     ]
     search_details = {
-        "kinds": list(grid.dense),
+        "kinds": list(words.values()),
         "score": metric.name,
         "higher_is_better": metric.higher_is_better,
         "feasible": feasible,
@@ -236,7 +245,14 @@ def named(config: Any, sizes: Mapping[str, int], dense: Mapping[str, int]) -> di
     return {field_of(config, kind, dense[kind]) or kind: size for kind, size in sizes.items()}
 
 
-def _grid(uniform: Uniform, width: float, depth: float, divisors: Mapping[str, int], skip: Sequence[str]) -> Grid:
+def _grid(
+    uniform: Uniform,
+    width: float,
+    depth: float,
+    divisors: Mapping[str, int],
+    skip: Sequence[str],
+    stored: torch.dtype | None = None,
+) -> Grid:
     for name, cut in (("max_width_cut", width), ("max_depth_cut", depth)):
         if not 0 <= cut < 1:
             raise SecateurError(f"{name} must be at least 0 and below 1, not {cut}")
@@ -257,11 +273,22 @@ def _grid(uniform: Uniform, width: float, depth: float, divisors: Mapping[str, i
     found = {}
     for kind, size in dense.items():
         cut = 0.0 if kind in skipped else depth if kind == "layers" else width
-        axes = [axis for axis in space.of_kind(kind) if axis.parent is None]
-        groups, minimum = (max((getattr(axis, what) for axis in axes), default=1) for what in ("groups", "minimum"))
-        own = choices(kind, size, cut, steps.get(kind), groups=groups, minimum=minimum) if cut else [size]
+        multiple, least = _multiple(uniform, kind, stored), max((a.minimum for a in space.of_kind(kind)), default=1)
+        own = choices(kind, size, cut, steps.get(kind), multiple=multiple, minimum=least) if cut else [size]
         found[kind] = own if len(own) > 1 else [size]
     return _tied(uniform, Grid(dense, found)).thinned()
+
+
+def _multiple(uniform: Uniform, kind: str, stored: torch.dtype | None) -> int:
+    """What sizes of a kind must be multiples of: groups share units evenly, and grouped products want 16-byte rows."""
+    axes = [axis for axis in uniform.space.of_kind(kind) if axis.parent is None]
+    found = lcm(*(axis.groups for axis in axes))
+    stacked = {router.parameter for router in uniform.space.routers}
+    inner = [part.parameter for axis in axes for part in axis.slices if part.parameter in stacked and part.dim > 0]
+    if inner and getattr(uniform.model.config, "_experts_implementation", None) == "grouped_mm":
+        bytes_ = min(t.itemsize for t in (uniform.space.parameters[inner[0]].dtype, stored) if t is not None)
+        found = lcm(found, max(1, _ROW_BYTES // bytes_))
+    return found
 
 
 def _tied(uniform: Uniform, grid: Grid) -> Grid:
@@ -292,9 +319,9 @@ def _kinds(config: Any, name: str, dense: Sizes, option: str) -> tuple[str, ...]
     return kinds
 
 
-def _target_sizes(space: Space, config: Any, dims: Mapping[str, int]) -> dict[str, int]:
+def _target_sizes(uniform: Uniform, config: Any, dims: Mapping[str, int], stored: torch.dtype | None) -> dict[str, int]:
     """Exact dims, by kind, checked against the model's."""
-    dense = sizes_of(space)
+    dense = sizes_of(uniform.space)
     sizes: dict[str, int] = {}
     for name, size in dims.items():
         for found in kinds_of(config, name, dense):
@@ -307,7 +334,14 @@ def _target_sizes(space: Space, config: Any, dims: Mapping[str, int]) -> dict[st
                 raise SecateurError(f"dims: {name}={size} is above the current size of {have}")
             if sizes.get(kind, size) != size:
                 raise SecateurError(f"dims: {kind} is given twice, as {sizes[kind]} and {size}")
-            _check_units(space, kind, name, size)
+            least = max((axis.minimum for axis in uniform.space.of_kind(kind)), default=1)
+            multiple = _multiple(uniform, kind, stored)
+            if size < least:
+                raise SecateurError(f"dims: {name}={size} leaves fewer {kind} than the {least} that a router needs")
+            if size != have and size % multiple:
+                raise SecateurError(
+                    f"dims: {name}={size} must be a multiple of {multiple} (groups, or rows of 16 bytes)"
+                )
             sizes[kind] = size
     if all(dense.get(kind) == size for kind, size in sizes.items()):
         raise SecateurError(f"dims {dict(dims)} are the model's own: nothing would be cut")
@@ -324,16 +358,3 @@ def _target_sizes(space: Space, config: Any, dims: Mapping[str, int]) -> dict[st
                 f"dims: {heads} heads over {groups} KV groups are {heads // groups} in each, the model has {per_group}"
             )
     return sizes
-
-
-def _check_units(space: Space, kind: str, name: str, size: int) -> None:
-    """Raise SecateurError where fewer units are asked for than must stay, or groups cannot share them."""
-    for axis in space.of_kind(kind):
-        if size < axis.minimum:
-            raise SecateurError(
-                f"dims: {name}={size} leaves fewer {kind} than the {axis.minimum} that each token meets"
-            )
-        if axis.parent is None and size % axis.groups:
-            raise SecateurError(
-                f"dims: {name}={size} cannot be shared evenly by the {axis.groups} groups of {axis.name}"
-            )

@@ -16,13 +16,14 @@ from secateur.choose.budget import Budget
 from secateur.choose.cost import Workload, polynomials
 from secateur.choose.ladder import Ladder, Levels, Meter, in_order, ladder, plan_of, settle
 from secateur.choose.select import check_divisors, choose_axes, divisor_of, least_units
+from secateur.cut.prove import discover
 from secateur.errors import SecateurError, nearest
 from secateur.load.batches import Batch, size_of
 from secateur.load.model import sliding_window
 from secateur.methods.base import Decision
 from secateur.progress import Track, quiet
 from secateur.score import gradients, reads, weights
-from secateur.space import Axis, Polynomial, Space, discover
+from secateur.space import Axis, Polynomial, Space
 from secateur.space.trace import Inputs
 
 MEASURES = ("params", "active_params", "macs", "flops", "memory")

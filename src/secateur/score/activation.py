@@ -52,8 +52,8 @@ class _Watch:
     def reduce(self, key: str, x: torch.Tensor) -> None:
         """Add sum over samples of (mean over the sequence of |x|)^2 to what is known of `key`."""
         x = x.detach()
-        if x.dim() == 2:
-            x = x[:, None]
+        if x.dim() == 2:  # mixtures flatten samples and positions into rows
+            x = x.reshape(self.samples, -1, x.shape[1]) if len(x) % max(1, self.samples) == 0 else x[:, None]
         x = x.flatten(1, -2).abs()
         if self.mask is None:
             mean = x.mean(1, dtype=torch.float32)

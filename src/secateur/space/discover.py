@@ -30,13 +30,14 @@ from secateur.space.types import (
 )
 
 
-def discover(model: nn.Module, inputs: Inputs = None) -> Space:
+def discover(model: nn.Module, inputs: Inputs = None, *, sources: bool = True) -> Space:
     """Find every axis of a model that can be cut.
 
     Args:
         model: the model; meta tensors will do, since no weight is read.
         inputs: arguments for one forward pass: a tensor, a tuple, or a mapping of keyword arguments; None for a
             Hugging Face model.
+        sources: find out which attributes the whole numbers in the graph come from: to cut the model, that is needed.
 
     Returns:
         The Space: axes, blocks, readers, costs, and what is frozen and why.
@@ -47,7 +48,7 @@ def discover(model: nn.Module, inputs: Inputs = None) -> Space:
     names = _tied_names(model.named_parameters(remove_duplicate=False))
     names |= _tied_names(model.named_buffers(remove_duplicate=False))
     canonical = {alias: name for name, aliases in names.items() for alias in (name, *aliases)}
-    program, recorder = export(model, inputs)
+    program, recorder = export(model, inputs, sources=sources)
     flow = flows.run(program, canonical)
     layers = find_blocks(flow, model)
     buffers = dict(program.graph_signature.inputs_to_buffers)

@@ -199,6 +199,10 @@ def split_(flow: Flow, node: fx.Node, x: Value, sizes: Any, dim: int = 0) -> lis
         term = narrow(x.dims[axis], start, start + width, f"{where(node)}: a split across its units")
         parts.append(Value((*x.dims[:axis], term, *x.dims[axis + 1 :])))
         start += width
+    if op_name(node) != "aten.split_with_sizes":  # code asks for equal parts, and would get others than before
+        for part in parts[1:]:
+            unify(parts[0].dims[axis], part.dims[axis], f"{where(node)}: its parts cannot be cut alike")
+        parts = [Value((*p.dims[:axis], resolve(p.dims[axis]), *p.dims[axis + 1 :])) for p in parts]
     if op_name(node) == "aten.split":
         numbers = [sizes] * len(parts)
     elif op_name(node) == "aten.split_with_sizes":
