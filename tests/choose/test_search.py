@@ -10,8 +10,19 @@ from hypothesis import strategies as st
 
 from secateur.choose.budget import Budget
 from secateur.choose.cost import Costs, UniformCost
-from secateur.choose.search import DIVISORS, MIN_CHOICES, Candidate, Grid, choices, cost_at, per_group, search
+from secateur.choose.search import (
+    DIVISORS,
+    MIN_CHOICES,
+    Candidate,
+    Grid,
+    check_reachable,
+    choices,
+    cost_at,
+    per_group,
+    search,
+)
 from secateur.errors import SecateurError
+from secateur.space import Polynomial
 
 COST = UniformCost(
     fixed={"params": {("hidden",): 7.0}, "memory": {("hidden",): 14.0}},
@@ -68,6 +79,10 @@ def test_choices_of_known_sizes() -> None:
     assert choices("layers", 10, 0.2) == [10, 9, 8]
     assert choices("heads", 8, 0.0) == [8]
     assert choices("layers", 1, 0.9) == [1]
+    assert choices("experts", 128, 0.4) == list(range(128, 76, -4))
+    assert choices("ssm_head_dim", 64, 0.4) == list(range(64, 38, -2))
+    assert choices("ssm_heads", 24, 0.5, multiple=8) == [24, 16]
+    assert choices("experts", 8, 0.9, minimum=6) == [8, 7, 6]
 
 
 @pytest.mark.parametrize("divisor", [0, -4])
@@ -112,6 +127,27 @@ def test_probes_are_in_the_middle_and_heads_stay_in_their_groups() -> None:
     assert alone.probes() == {"heads": 6}
     only_groups = Grid(DENSE, {"kv_groups": [4, 2], "heads": [8, 4]})
     assert only_groups.probes() == {"kv_groups": 2, "heads": 4}
+
+
+def test_what_follows_another_kind_is_no_choice_of_its_own() -> None:
+    grid = Grid({"ffn": 8, "expert_ffn": 16}, {"ffn": [8, 6, 4], "expert_ffn": [16, 12, 8]}, {"expert_ffn": "ffn"})
+    assert list(grid.points()) == [{"ffn": n, "expert_ffn": 2 * n} for n in (8, 6, 4)]
+    assert list(grid.points(smallest_first=True)) == list(grid.points())[::-1]
+    assert grid.probes() == {"ffn": 6, "expert_ffn": 12}  # each is probed by itself
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 400))
+def test_a_thinned_grid_keeps_the_ends(counts: list[int], most: int) -> None:
+    names = ("hidden", "ffn", "experts", "expert_ffn", "layers")
+    grid = Grid(dict.fromkeys(names, 9), {k: list(range(9, 9 - n, -1)) for k, n in zip(names, counts, strict=False)})
+    thin = grid.thinned(most)
+    for kind, sizes in grid.choices.items():
+        kept = thin.choices[kind]
+        assert set(kept) <= set(sizes)
+        assert (kept[0], kept[-1]) == (sizes[0], sizes[-1])
+    points = len(list(thin.points()))
+    assert points <= max(most, 2 ** len(counts))
+    assert points == len(list(grid.points())) or len(list(grid.points())) > most
 
 
 # The search
@@ -207,6 +243,30 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_reachable_of_each_limit(
     assert text.count("which is above the limit") == 1
     assert "memory=5: the smallest reachable is" in text
     assert "--max-width-cut" in text
+
+
+@pytest.mark.parametrize("text", ["params=90%", "params=60%, memory=70%", "params=5%", "memory=5B"])
+def test_what_is_out_of_reach_is_told_without_a_search(text: str) -> None:
+    budget = Budget.parse(text)
+    messages = []
+    for ask in (
+        lambda: check_reachable(GRID, COST, budget, anything),
+        lambda: search(GRID, COST, budget, lambda _: 0.0, anything, 1),
+    ):
+        try:
+            ask()
+            messages.append("")
+        except SecateurError as error:
+            messages.append(str(error))
+    assert messages[0] == messages[1]
+    assert bool(messages[0]) == ("5%" in text or "5B" in text)
+
+
+def test_where_it_is_known_which_layers_go_these_count() -> None:
+    whole: dict[str, Polynomial] = {m: {(): 100.0} for m in COST.fixed}
+    cost = UniformCost(COST.fixed, COST.per_layer, {3: whole})
+    assert cost_at(cost, {**DENSE, "layers": 3}).params == 100
+    assert cost_at(cost, DENSE) == cost_at(COST, DENSE)
 
 
 def test_limits_that_hold_one_by_one_may_not_hold_together() -> None:

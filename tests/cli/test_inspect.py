@@ -42,7 +42,7 @@ def test_json_is_one_object_and_nothing_else(folder: Path, capsys: pytest.Captur
     rows = example_inputs(tiny("llama", dtype=torch.float32))["input_ids"].shape[1]
     linear = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 80) + 320 * 48
     assert found["costs"].pop("macs") == rows * linear + 2 * 2 * rows * rows * 48
-    assert found["costs"] == {"params": params, "memory": 4 * params + 2 * 10 * 4 * 2 * 48}
+    assert found["costs"] == {"params": params, "active_params": params, "memory": 4 * params + 2 * 10 * 4 * 2 * 48}
     assert any("looked up by number" in reason for reason in found["frozen"])
     assert "axes" not in found
 

@@ -20,7 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-_TOGETHER = 8  # architectures that one process examines, so that its imports are paid once
+_TOGETHER = 24  # architectures that one process examines, so that its imports are paid once
 
 
 def main() -> int:

@@ -140,7 +140,7 @@ def _check_units(axis: Axis, kept: Kept) -> None:
         raise SecateurError(f"the kept units of {axis.name} must be ascending and within 0..{axis.size - 1}")
     if len(kept.units) < axis.minimum:
         raise SecateurError(
-            f"the plan leaves {len(kept.units)} units of {axis.name}, and a router picks {axis.minimum}: so many must stay"
+            f"the plan leaves {len(kept.units)} units of {axis.name}, and a router picks {axis.minimum}: keep as many"
         )
     counts = [0] * axis.groups
     for unit in kept.units:

@@ -8,6 +8,7 @@ from typing import Any
 from secateur.choose.plan import Plan
 from secateur.errors import SecateurError, nearest
 from secateur.space import Space
+from secateur.space.provenance import holders
 
 # Names of one size over the configs of the field, first match wins; Minitron's own names come last.
 FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -214,6 +215,18 @@ def cut_lists(values: Mapping[str, Any], gone: Sequence[bool]) -> dict[str, Any]
         elif len(value) == len(gone):
             cut[key] = [value[i] for i in kept]
     return cut
+
+
+def config_of(model: Any, stack: str) -> str:
+    """Path of the config that speaks of a list of layers: that of the innermost module around it which has one."""
+    paths = {id(holder): path for path, holder, is_config in holders(model) if is_config}
+    path = stack
+    while path:
+        path = path.rpartition(".")[0]
+        own = getattr(model.get_submodule(path), "config", None)
+        if id(own) in paths:
+            return str(paths[id(own)])
+    return "config"
 
 
 def _are_layer_numbers(value: list[Any], layers: int) -> bool:

@@ -1,7 +1,7 @@
 """Find the config of the stock class that describes a cut, for any class: by what its constructor makes of a config."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from secateur.choose.cost import gone_parameters, lengths
 from secateur.choose.plan import Plan
 from secateur.cut.attributes import solve
-from secateur.cut.config import build_config, cut_config, cut_lists, with_head_dim
+from secateur.cut.config import build_config, config_of, cut_config, cut_lists, with_head_dim
 from secateur.errors import SecateurError
 from secateur.space import Polynomial, Space, evaluate
 from secateur.space.provenance import Attribute, Expression, Operation, attributes_in, made_sizes
@@ -52,9 +52,11 @@ def configs_for(model: Any, plan: Plan, space: Space, made: Made | None = None) 
     values = _solved(config, made, plan, space)
     if values is None:
         return
+    gone = {stack: out for stack, out in space.gone_layers(plan.dropped).items() if any(out)}
+    lists = [(config_of(model, stack), out) for stack, out in gone.items()]
     for counts in _layer_counts(config, plan, space):
         try:
-            yield _rebuilt(config, {**values, **counts}, plan, space)
+            yield _rebuilt(config, {**values, **counts}, lists)
         except SecateurError:
             continue
 
@@ -113,9 +115,8 @@ def _parts(path: str, config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _parts(f"{path}.{key}", value)
 
 
-def _rebuilt(config: Any, values: Mapping[Attribute, int], plan: Plan, space: Space) -> Any:
+def _rebuilt(config: Any, values: Mapping[Attribute, int], lists: Sequence[tuple[str, list[bool]]]) -> Any:
     whole = copy.deepcopy(config).to_dict()
-    stacks = [gone for gone in space.gone_layers(plan.dropped).values() if any(gone)]
     for attribute, number in values.items():
         part = whole
         for key in attribute.owner.split(".")[1:]:
@@ -126,8 +127,10 @@ def _rebuilt(config: Any, values: Mapping[Attribute, int], plan: Plan, space: Sp
             entries = list(part[attribute.name])
             entries[attribute.item] = number
             part[attribute.name] = entries
-    for gone in stacks:
-        for part in (whole, *(v for v in whole.values() if isinstance(v, dict))):
-            part.update(cut_lists(part, gone))
+    for path, gone in lists:
+        part = whole
+        for key in path.split(".")[1:]:
+            part = part[key]
+        part.update(cut_lists(part, gone))
     whole.pop("transformers_version", None)
     return build_config(config, whole)

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.choose.plan import Plan
 from secateur.cut.attributes import followed, look_alikes
-from secateur.cut.config import FIELDS, cut_lists, field_of, sizes_of
+from secateur.cut.config import FIELDS, config_of, cut_lists, field_of, sizes_of
 from secateur.cut.names import new_name, renumbered
 from secateur.cut.verify import mismatch
 from secateur.errors import SecateurError
@@ -127,7 +127,8 @@ def _drop_layers(new: nn.Module, plan: Plan, space: Space) -> None:
                     if name in _NUMBERS and value == before:
                         setattr(module, name, index)
         new.set_submodule(stack, type(layers)(*_as_one(layers, [module for _, module in kept])))
-        for part in _configs(new):
+        own = config_of(new, stack)
+        for part in (holder for path, holder, is_config in holders(new) if is_config and path == own):
             for key, value in cut_lists(vars(part), gone).items():
                 setattr(part, key, value)
 
@@ -138,10 +139,6 @@ def _as_one(layers: nn.Module, kept: list[nn.Module]) -> Iterator[Any]:
         yield kept
     else:
         yield from kept
-
-
-def _configs(new: nn.Module) -> list[Any]:
-    return [holder for _, holder, is_config in holders(new) if is_config]
 
 
 def _set_config_sizes(new: nn.Module, plan: Plan, space: Space) -> None:

@@ -89,12 +89,14 @@ def drop_layers(
 ) -> Ladder:
     """Drop up to `count` layers greedily: block influence proposes, the KL of the real removal decides.
 
-    A layer that the model cannot be without (some compute masks for all from the first of their type) is passed over.
+    A layer that the model cannot be without (some compute masks for all from the first of their type) is passed over,
+    and so is the last one with a KV cache: in hybrids, generation counts its positions there.
 
     Returns:
         For 0, 1, 2... dropped layers, `count` where that many can go: their names in the model's order, and the KL.
     """
     order = [layer.name for layer in space.layers()]
+    cached = {cache.block for cache in space.caches}
     ladder: list[tuple[tuple[str, ...], float]] = [((), 0.0)]
     for _ in range(count):
         gone = ladder[-1][0]
@@ -102,6 +104,8 @@ def drop_layers(
         trials: list[tuple[float, int, tuple[str, ...]]] = []
         for rank, name in enumerate(track(left, f"dropping layer {len(gone) + 1} of {count}")):
             trial = tuple(layer for layer in order if layer in gone or layer == name)
+            if cached and cached <= set(trial):
+                continue
             try:
                 trials.append((kl(apply(model, Plan(dropped=trial), space=space)), rank, trial))
             except SecateurError:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from secateur.errors import SecateurError
 from secateur.space import flow as flows
 from secateur.space.blocks import Layer, find_blocks
 from secateur.space.dims import Prod, Term, Var, leaves, product, resolve
@@ -49,7 +50,15 @@ def discover(model: nn.Module, inputs: Inputs = None, *, sources: bool = True) -
     names |= _tied_names(model.named_buffers(remove_duplicate=False))
     canonical = {alias: name for name, aliases in names.items() for alias in (name, *aliases)}
     program, recorder = export(model, inputs, sources=sources)
-    flow = flows.run(program, canonical)
+    try:
+        flow = flows.run(program, canonical)
+    except RuntimeError as error:
+        if type(error).__name__ != "GuardOnDataDependentSymNode":
+            raise
+        raise SecateurError(
+            f"{type(model).__name__}: a tensor's shape depends on the values of another: give it a fixed size while "
+            "torch.compiler.is_exporting()"
+        ) from error
     layers = find_blocks(flow, model)
     buffers = dict(program.graph_signature.inputs_to_buffers)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -51,8 +51,10 @@ def batch_of(model: nn.Module, inputs: Inputs) -> int:
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Give every module its attributes, buffers and parts back: some forward passes set them.
 
-    Rotary tables of longrope are such, and attentions that are exchanged for short sequences (BigBird).
+    Rotary tables of longrope are such, and attentions that are exchanged for short sequences (BigBird). What methods
+    remember of earlier calls is forgotten, before and after: it would mix real and fake tensors.
     """
+    _forget(model)
     kept = [(m, dict(vars(m)), dict(m._buffers), dict(m._modules)) for m in model.modules()]
     configs = [(config, dict(vars(config))) for _, config, is_config in holders(model) if is_config]
     try:
@@ -68,6 +70,14 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
             module._modules.clear()
             module._modules.update(parts)
+        _forget(model)
+
+
+def _forget(model: nn.Module) -> None:
+    for module in model.modules():
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear") and not isinstance(value, torch.Tensor):
+                value.cache_clear()
 
 
 def export(model: nn.Module, inputs: Inputs = None, *, sources: bool = True) -> tuple[ExportedProgram, Recorder]:
