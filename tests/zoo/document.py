@@ -10,13 +10,15 @@ from typing import Any
 HEAD = """# Architectures
 
 Written by `python tests/zoo/document.py` from a run of the zoo (`make zoo`); do not edit. Every architecture is built
-tiny and random in float64. A quarter of every kind is cut at once, then of each kind alone; the result must equal the
-dense model with the removed units zeroed (norms seeing the kept units alone), have finite gradients, and come back from
-disk in a fresh process.
+tiny and random in float64. A quarter of every kind is cut at once, and of each kind alone (with `--quick`: alone where
+the cut of all at once fails); the result must equal the dense model with the removed units zeroed (norms seeing the
+kept units alone), have finite gradients, and come back from disk in a fresh process without Secateur.
 
 **Kinds**: what can be cut. A kind with `(!)` passes not everywhere: see the notes. **Cuts**: how many of the cuts tried
-give the right model. **Saved**: how many of those load again from the folder. **Frozen**: what is never cut, by the op
-that froze it.
+give the right model; the rest were refused with a message. **Saved**: how many of those load again from the folder.
+**Frozen**: what is never cut, and the operator that froze it; "trial" says that the rules could follow it, and that the
+trial cut showed the model's own Python code not to (`secateur inspect` tells the line). Models that `torch.export`
+cannot trace have no kinds.
 """
 
 
@@ -46,10 +48,27 @@ def _row(record: dict[str, Any]) -> str:
     bad = {c["cut"] for c in cuts if c["status"] != "pass"}
     kinds = ", ".join(f"{kind} (!)" if kind in bad else kind for kind in record.get("kinds", {})) or "none"
     loaded = sum(c.get("load") == "pass" for c in good)
-    ops = Counter(re.split(r"[ :,]", reason)[0].removeprefix("aten.") for reason in record.get("frozen", {}))
+    ops = Counter(_froze(reason) for reason in record.get("frozen", {}))
     frozen = ", ".join(op for op, _ in ops.most_common(5))
     name = record["name"].removeprefix("plain/")
     return f"| {name} | {kinds} | {len(good)}/{len(cuts)} | {loaded}/{len(good)} | {frozen} |"
+
+
+_WORDS = (
+    ("an input", "input"),
+    ("an output", "output"),
+    ("buffer", "buffer"),
+    ("a trial", "trial"),
+    ("a tensor that is written", "constant"),
+    ("the state of a scan", "scan state"),
+    ("a group of", "groups"),
+)
+
+
+def _froze(reason: str) -> str:
+    """The operator that froze something, or a word for what did."""
+    word = next((word for start, word in _WORDS if reason.startswith(start)), None)
+    return word or re.split(r"[ :,]", reason.removeprefix("made by "))[0].removeprefix("aten.")
 
 
 def _notes(record: dict[str, Any]) -> list[str]:

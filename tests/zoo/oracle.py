@@ -213,7 +213,7 @@ class _KeptOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if mask is None:
             return aten.native_layer_norm.default(x, shape, weight, bias, eps)  # type: ignore[no-any-return]
         count = mask.sum(dims, keepdim=True).clamp(min=1)
-        mean = x.sum(dims, keepdim=True) / count
+        mean = (x * mask).sum(dims, keepdim=True) / count
         var = ((x - mean) * mask).pow(2).sum(dims, keepdim=True) / count
         rstd = (var + eps).rsqrt()
         result = (x - mean) * mask * rstd

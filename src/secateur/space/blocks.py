@@ -157,7 +157,9 @@ def _sublayers(graph: _Graph, path: str, index: int, stack: str, result: fx.Node
 
 def _residual_add(graph: _Graph, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(operand, add) where a sub-layer's result, normalised or dropped out on the way, joins the residual stream."""
-    while True:
+    passed: set[fx.Node] = set()
+    while node not in passed:  # what a norm in several places gives may lead back to it
+        passed.add(node)
         users = [u for u in node.users if graph.live(u)]
         norm = next((m for m in map(module_of, users) if m in graph.norms), None)
         if norm is not None and graph.results(norm):
@@ -166,5 +168,4 @@ def _residual_add(graph: _Graph, node: fx.Node) -> tuple[fx.Node, fx.Node] | Non
             node = users[0]
         elif len(users) == 1 and op_name(users[0]) == "aten.add":
             return node, users[0]
-        else:
-            return None
+    return None
