@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import Mobile, Residual, pictures
+from small_nets import Mobile, Residual, pictures
 from tiny import random_plan, tiny
 
 from secateur.choose.cost import Workload, costs, polynomials

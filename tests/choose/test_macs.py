@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Mlp, Mobile, Residual, pictures, shaken
+from small_nets import Mlp, Mobile, Residual, pictures, shaken
 from tiny import random_plan, tiny, tokens
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

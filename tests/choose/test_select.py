@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from nets import Mobile, Residual, pictures
+from small_nets import Mobile, Residual, pictures
 from tiny import tiny
 
 from secateur.choose.select import check_divisors, choose_axes, divisor_of, least_units, matching

@@ -222,10 +222,7 @@ def test_models(refused: Callable[..., str], model: str, message: str, words: li
 @pytest.mark.parametrize("data", ["data/ids.npy", "self"])
 def test_activations_that_overflow(refused: Callable[..., str], data: str) -> None:
     text = refused(*EXACT, "--samples", "2", "--seq-len", "8", model="overflow", data=data)
-    assert (
-        "not finite" in text
-        or "NaN or infinite activations at the input of model.layers.0.mlp.down_proj" in text
-    )
+    assert "not finite" in text or "NaN or infinite activations at the input of model.layers.0.mlp.down_proj" in text
 
 
 def test_gpt2_names_its_rule(refused: Callable[..., str]) -> None:

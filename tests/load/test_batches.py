@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Residual, pictures, shaken
+from small_nets import Residual, pictures, shaken
 from tiny import tiny, tokens
 from torch import nn
 

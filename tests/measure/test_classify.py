@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Residual, pairs, shaken
+from small_nets import Residual, pairs, shaken
 from torch import nn
 from torch.nn import functional
 

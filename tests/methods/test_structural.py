@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Mlp, Mobile, Residual, pairs, pictures, shaken
+from small_nets import Mlp, Mobile, Residual, pairs, pictures, shaken
 from tiny import tiny, tokens
 from torch import nn
 from torch.nn import functional

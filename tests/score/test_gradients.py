@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Mlp, Residual, pairs, pictures, shaken
+from small_nets import Mlp, Residual, pairs, pictures, shaken
 from tiny import tiny, tokens
 from torch import nn
 from torch.nn import functional

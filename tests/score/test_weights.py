@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Mlp, Mobile, Residual, pictures, shaken
+from small_nets import Mlp, Mobile, Residual, pictures, shaken
 from tiny import tiny
 
 from secateur.errors import SecateurError

@@ -74,9 +74,9 @@ def load_model(
 
         known = _read_config(source.folder) if source.folder is not None else {}
         cut = recorded_classes(known)
-        stock = cut[1] if cut is not None else _stock_class(known.get("architectures"))
-        if cut is None:  # the class would not look at a model_type that nobody knows
-            AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        if cut is None:
+            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        stock = cut[1] if cut is not None else _stock_class(known.get("architectures"), config)
         model, info = stock.from_pretrained(
             source.folder,
             dtype="auto" if kind is None else kind,
@@ -93,14 +93,14 @@ def load_model(
     return model, _load_tokenizer(source), replace(source, unused=tuple(sorted(info["unexpected_keys"])))
 
 
-def _stock_class(architectures: Any) -> Any:
-    """The class that a config names, if transformers has it; else whatever language model it has for the config."""
+def _stock_class(architectures: Any, config: Any) -> Any:
+    """The class that a config names, if transformers has it for it; else whatever language model it has."""
     import transformers
 
     named = architectures[0] if isinstance(architectures, list) and architectures else ""
     found = getattr(transformers, str(named), None)
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else transformers.AutoModelForCausalLM
+    takes: Any = getattr(found, "config_class", None)
+    return found if isinstance(takes, type) and isinstance(config, takes) else transformers.AutoModelForCausalLM
 
 
 def model_config(name: str | Path) -> Any:
@@ -131,7 +131,7 @@ def meta_model(name: str | Path) -> nn.Module:
         if cut is not None:
             model = cut[1]._from_config(config, dtype=kind)
         else:
-            stock = _stock_class(getattr(config, "architectures", None))
+            stock = _stock_class(getattr(config, "architectures", None), config)
             named = hasattr(stock, "_from_config")
             model = stock._from_config(config, dtype=kind) if named else stock.from_config(config, dtype=kind)
     built: nn.Module = model.eval()
