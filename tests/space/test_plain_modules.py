@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from secateur.choose.cost import costs
 from secateur.choose.plan import Kept, Plan
-from secateur.cut import apply
+from secateur.cut import apply, prove
 from secateur.errors import SecateurError
 from secateur.space import Space, discover
 from secateur.space.dims import (
@@ -319,3 +319,60 @@ def test_inputs_and_outputs_are_frozen() -> None:
     frozen = {(f.parameter, f.dim): f.reason for f in discover(build(Mlp), {"x": X}).frozen}
     assert frozen["up.weight", 1] == "an input of the model"
     assert frozen["down.weight", 0] == frozen["down.bias", 0] == "an output of the model"
+
+
+class Branching(nn.Module):
+    """Its code looks at the values of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 14), nn.Linear(14, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.up(x)
+        if y.sum() > 0:  # where the trace stops
+            y = y * 2
+        return self.down(y)
+
+
+def test_what_stops_a_trace_is_named_with_the_line_and_a_way_out() -> None:
+    with pytest.raises(SecateurError, match=r"test_plain_modules\.py:\d+ \(if y\.sum\(\) > 0.*torch\.where"):
+        discover(build(Branching), {"x": X})
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.zeros(2, 5, dtype=torch.float64), (torch.zeros(2, 3, 7, dtype=torch.float64),)]
+)
+def test_inputs_that_do_not_fit_are_said_to(inputs: Any) -> None:
+    with pytest.raises(SecateurError, match="do not fit"):
+        discover(build(Mlp), inputs)
+
+
+def test_inputs_may_be_a_tensor_a_tuple_or_names() -> None:
+    model = build(Mlp)
+    found = [discover(model, inputs) for inputs in (X, (X,), {"x": X})]
+    assert [a.name for a in found[0].axes] == [a.name for a in found[1].axes] == [a.name for a in found[2].axes]
+    with pytest.raises(SecateurError, match="inputs must be a tensor"):
+        discover(model, 3)  # type: ignore[arg-type]
+
+
+class Scaled(nn.Module):
+    """Works a scale out of the size of its heads: cutting them would change it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        q, k, v = (f(x).view(*x.shape[:2], 3, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_a_trial_cut_freezes_what_code_does_not_follow() -> None:
+    model, inputs = build(Scaled), torch.randn(2, 5, 12, dtype=torch.float64)
+    assert "head_dim" in discover(model, inputs).kinds()
+    proved = prove.discover(model, inputs)
+    assert "head_dim" not in proved.kinds()
+    assert any("trial cut failed" in f.reason and "constant" in f.reason for f in proved.frozen)
+    assert all(names == () or "head_dim" not in " ".join(names) for p in proved.parameters.values() for names in p.size)

@@ -58,6 +58,7 @@ _WORDS = (
     ("an input", "input"),
     ("an output", "output"),
     ("buffer", "buffer"),
+    ("the kernel", "kernel"),
     ("a trial", "trial"),
     ("a tensor that is written", "constant"),
     ("the state of a scan", "scan state"),

@@ -124,6 +124,8 @@ _ADVICE = (
     ),
     ("unbacked", "a shape depends on a tensor's value: give it a fixed size while torch.compiler.is_exporting()"),
     ("shapes cannot be multiplied", "the inputs do not fit the model: pass `inputs` of the shapes that it takes"),
+    ("same reduction dim", "the inputs do not fit the model: pass `inputs` of the shapes that it takes"),
+    ("channels, but got", "the inputs do not fit the model: pass `inputs` of the shapes that it takes"),
     ("argument", "the inputs do not fit the forward pass: pass `inputs` with the arguments that it takes"),
     ("size of tensor", "the inputs do not fit the model: pass `inputs` of the shapes that it takes"),
 )

@@ -139,13 +139,11 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-accumulates of one operator on the example inputs."""
+    """Multiply-accumulates of one operator on the example inputs; of experts, for the rows that meet them."""
 
     module: str
     block: str | None
     macs: Polynomial
-    routed: str | None = None
-    """The axis of experts, of which each row meets only some: a row is counted once for each that it meets."""
 
 
 @dataclass(frozen=True)

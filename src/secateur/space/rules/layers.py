@@ -57,7 +57,9 @@ def _convolve(
         unify(bias.dims[0], out, f"{where(node)}: its bias cannot be cut")
     for term in (channels, out):
         add_role(term, "channels")
-    for dim in (*weight.dims[2:], *x.dims[2 if batched else 1 :]):
+    for dim in weight.dims[2:]:
+        freeze(dim, "the kernel of a convolution")
+    for dim in x.dims[2 if batched else 1 :]:
         freeze(dim, f"{where(node)}: space")
     note_read(flow, node, weight, 0 if transposed else 1, 1 if transposed else 0)
     space = tuple(fixed(node, n) for n in shape[2 if batched else 1 :])
