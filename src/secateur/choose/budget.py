@@ -73,6 +73,28 @@ class Budget:
             limits[measure] = parse_limit(measure, amount)
         return Budget(limits, _parse_dims(dims), n_m)
 
+    def sparsity(self) -> float:
+        """Share of the maskable weights that goes.
+
+        Raises:
+            SecateurError: where the budget is about something else, or contradicts itself.
+        """
+        others = [m for m in self.limits if m != "sparsity"] + (["exact dims"] if self.dims else [])
+        if others:
+            raise SecateurError(f"a budget of {others[0]} is not served by masks: they take sparsity=50% or n:m=2:4")
+        asked = self.limits.get("sparsity")
+        if self.n_m is not None:
+            own = 1 - self.n_m[0] / self.n_m[1]
+            if asked is not None and abs(asked.value - own) > 1e-9:
+                text = f"n:m={self.n_m[0]}:{self.n_m[1]} is a sparsity of {100 * own:g}%"
+                raise SecateurError(f"{text}, and the budget asks for {100 * asked.value:g}% too: give one of them")
+            return own
+        if asked is None:
+            raise SecateurError("no budget is given: masks take sparsity=50% or n:m=2:4")
+        if not 0 <= asked.value < 1:
+            raise SecateurError(f"budget sparsity={100 * asked.value:g}%: must be in [0%, 100%)")
+        return asked.value
+
     def __str__(self) -> str:
         """The budget as one would write it."""
         unit = {"memory": "B", "latency": "s"}
@@ -101,6 +123,10 @@ def parse_limit(measure: str, amount: str | float) -> Limit:
     else:
         known = ", ".join(["%", *(u or "no unit" for u in units)])
         raise SecateurError(f"budget {measure}={amount}: unknown unit {match[2]!r}; known for {measure}: {known}")
+    if measure == "sparsity":
+        if not 0 <= limit.value < 1:
+            raise SecateurError(f"budget sparsity={amount}: must be in [0, 1), such as 50% or 0.5")
+        return limit
     if not 0 < limit.value < float("inf") or (limit.share and limit.value > 1):
         at_most = " and at most 100%" if limit.share else ""
         raise SecateurError(f"budget {measure}={amount}: must be above 0{at_most or ' and finite'}")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from secateur.choose.plan import Plan
+from secateur.cut.masks import masked
 from secateur.cut.names import new_name, renumbered
 from secateur.cut.record import remember
 from secateur.cut.solve import configs_for, shapes_of
@@ -30,6 +31,8 @@ from secateur.space.trace import Inputs
 def apply(model: nn.Module, plan: Plan, *, space: Space | None = None, inputs: Inputs = None) -> nn.Module:
     """Return the model that the plan makes of `model`, which stays as it is.
 
+    A plan of masks alone needs no trace: it applies to every module that has the weights.
+
     Args:
         model: the dense model.
         plan: what stays of it.
@@ -42,6 +45,8 @@ def apply(model: nn.Module, plan: Plan, *, space: Space | None = None, inputs: I
     Raises:
         SecateurError: for a plan that does not fit the model, that removes nothing, or whose cut cannot be verified.
     """
+    if plan.masks and not plan.kept and not plan.dropped:
+        return masked(model, plan.masks)
     if inputs is None:
         inputs = example_inputs(model)  # the cut model is traced with the same shapes as the dense one
     space = space or discover(model, inputs)

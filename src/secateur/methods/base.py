@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from secateur.choose.plan import Plan
 from secateur.space import Space
 
@@ -13,6 +15,11 @@ class Decision:
     """A method's result: the plan, and how it came about."""
 
     plan: Plan
-    space: Space
+    space: Space | None = None
+    """The Space that the plan cuts; None where it only masks."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What the report tells beside the plan: candidates, calibration, seconds. JSON values only."""
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What the method repaired: parameters of the cut model and their new values."""
+    scores: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What masks were chosen by, where it was asked to keep that: weight -> tensor of its shape."""

@@ -4,7 +4,7 @@ import importlib.metadata
 import inspect
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +12,23 @@ import torch
 from torch import nn
 
 from secateur.choose.budget import Budget
-from secateur.choose.cost import Workload, costs
 from secateur.choose.plan import Plan
-from secateur.choose.search import DIVISORS
 from secateur.cut import apply
-from secateur.cut.config import sizes_of
 from secateur.errors import SecateurError, nearest
 from secateur.load.batches import Batch, size_of
 from secateur.load.data import Tokenizer, load_tokens, sample_tokens
-from secateur.load.model import fingerprint, sliding_window
+from secateur.load.model import fingerprint
 from secateur.measure.classify import classify, compare_classes, labelled
 from secateur.measure.quality import Reference, compare, perplexity
 from secateur.methods import METHODS, Decision
-from secateur.methods.minitron import named
+from secateur.methods.reporting import report_of
 from secateur.progress import Track, quiet
-from secateur.space import Axis, Space
 from secateur.space.trace import Inputs
 
 Data = str | Path | torch.Tensor | Iterable[Batch] | None
 """A file, folder or hub id of text or token ids; token rows or other inputs as one tensor; batches; None or "self" =
 sampled from the model."""
 
-_NOT_SHOWN = ("data", "inputs", "loss", "tokenizer", "method", "stored_dtype", "track")
 SEQ_LEN = 2048
 SAMPLES = 1024
 SELF_SAMPLES, SELF_SEQ_LEN = 128, 256
@@ -47,6 +42,8 @@ class Result:
     plan: Plan
     report: Mapping[str, Any]
     """What was cut, what it cost and what it saves; JSON values only."""
+    scores: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What masks were chosen by, with ``keep_scores=True``: weight -> tensor of its shape."""
 
 
 def batches_of(
@@ -208,7 +205,7 @@ def prune(
     held_out = None if eval_data is None else batches_of(model, eval_data, track=track, **loading)
     parsed = budget_of(budget)
     decision = decide(model, parsed, inputs=inputs, track=track, **options)
-    pruned = apply(model, decision.plan, space=decision.space, inputs=inputs)
+    pruned = _repaired(apply(model, decision.plan, space=decision.space, inputs=inputs), decision)
     measured = None if held_out is None else _compared(pruned, model, held_out, track)
     origin = {
         "model": name or type(model).__name__,
@@ -218,7 +215,7 @@ def prune(
         "secateur": importlib.metadata.version("secateur"),
     }
     decided = Plan(decision.plan.kept, decision.plan.dropped, decision.plan.masks, origin)
-    report = report_of(model, decided, decision, options, measured)
+    report = report_of(model, pruned, decided, decision, options, measured)
     needed = needs_data(str(options.get("method", "minitron")))
     report["data"] = {
         "calibration": _data_name(options.get("data")) if needed or options.get("data") is not None else None
@@ -226,7 +223,16 @@ def prune(
     if eval_data is not None:
         report["data"]["evaluation"] = _data_name(eval_data)
     report["seconds"] = {**report["seconds"], "total": time.perf_counter() - begin}
-    return Result(pruned, decided, report)
+    return Result(pruned, decided, report, decision.scores)
+
+
+@torch.no_grad()
+def _repaired(pruned: nn.Module, decision: Decision) -> nn.Module:
+    """The pruned model with the weights that the method repaired."""
+    parameters = dict(pruned.named_parameters())
+    for name, values in decision.weights.items():
+        parameters[name].copy_(values)
+    return pruned
 
 
 def _compared(pruned: nn.Module, dense: nn.Module, batches: Sequence[Any], track: Track) -> dict[str, Any]:
@@ -246,71 +252,6 @@ def _data_name(data: Data) -> str:
     if data is None:
         return "self"
     return str(data) if isinstance(data, str | Path) else "given batches"
-
-
-def report_of(
-    model: nn.Module, plan: Plan, decision: Decision, options: Mapping[str, Any], measured: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What was cut, what it costs now, what was measured."""
-    space, config = decision.space, getattr(model, "config", None)
-    workload = Workload(
-        options.get("kv_batch", 1), options.get("kv_seq_len", 4096), sliding_window(config), options.get("stored_dtype")
-    )
-    before, after = sizes_of(space), sizes_of(space, plan)
-    kinds = [kind for kind in DIVISORS if before.get(kind) is not None]
-    dense = {kind: before.get(kind) or 0 for kind in kinds}
-    names = {kind: kind if config is None else next(iter(named(config, {kind: 0}, dense))) for kind in kinds}
-    whole, rest = costs(space, Plan(), workload), costs(space, plan, workload)
-    report: dict[str, Any] = {
-        "secateur": plan.origin["secateur"],
-        "method": plan.origin["method"],
-        "model": {"name": plan.origin["model"], "fingerprint": plan.origin["fingerprint"]},
-        "budget": plan.origin["budget"],
-        "options": {k: _plain(v) for k, v in options.items() if v is not None and k not in _NOT_SHOWN},
-        "sizes": {names[kind]: {"dense": before.get(kind), "pruned": after.get(kind)} for kind in kinds},
-        "units": _units(space, plan),
-        "dropped": list(plan.dropped),
-        "costs": {
-            "params": {"dense": int(whole.params), "pruned": int(rest.params)},
-            "active_params": {"dense": int(whole.active_params), "pruned": int(rest.active_params)},
-            "memory": {
-                "dense": int(whole.memory),
-                "pruned": int(rest.memory),
-                "kv_batch": workload.batch,
-                "kv_seq_len": workload.seq_len,
-            },
-            "macs": {"dense": int(whole.macs), "pruned": int(rest.macs)},
-        },
-        **decision.details,
-    }
-    if measured is not None:
-        report["measured"] = dict(measured)
-    return report
-
-
-def _units(space: Space, plan: Plan) -> dict[str, dict[str, int]]:
-    """Units of all axes of each kind that is cut, the axes of dropped layers left out after the cut."""
-    found: dict[str, dict[str, int]] = {}
-    for kind in dict.fromkeys(kept.kind for kept in plan.kept.values()):
-        axes = space.of_kind(kind)
-        left = [len(plan.kept[a.name].units) if a.name in plan.kept else a.size for a in axes if not _gone(a, plan)]
-        found[kind] = {"axes": len(axes), "dense": sum(a.size for a in axes), "pruned": sum(left)}
-    return found
-
-
-def _gone(axis: Axis, plan: Plan) -> bool:
-    return axis.block in plan.dropped
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value that shows an option."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return getattr(value, "name", None) or str(value)
 
 
 def evaluate(

@@ -1,0 +1,1 @@
+"""MAKING it good: what is left after a cut is repaired, in closed form."""

@@ -1,0 +1,81 @@
+"""ALPS: the best masks of these methods, by ADMM, and the weights on them by least squares.
+
+Meng et al. 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models"
+(arXiv:2406.07831).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from secateur.choose.budget import Budget
+from secateur.choose.mask import Layout
+from secateur.errors import SecateurError
+from secateur.load.batches import Batch
+from secateur.mend.alps import alps as admm
+from secateur.methods.base import Decision
+from secateur.methods.masking import Solved, Which, block_by_block, matrix_scope, need_data, task
+from secateur.progress import Track, quiet
+from secateur.score.grams import Gram
+from secateur.space.trace import Inputs
+
+
+def alps(
+    model: nn.Module,
+    budget: Budget,
+    data: Sequence[Batch] = (),
+    *,
+    inputs: Inputs = None,
+    scope: str = "tensor",
+    damping: float = 0.01,
+    rho: float = 0.1,
+    iterations: int = 300,
+    refine: int = 10,
+    allocation: str | Mapping[str, float] = "uniform",
+    owl_times: float = 5.0,
+    owl_spread: float = 0.08,
+    block: tuple[int, int] = (1, 1),
+    only: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    keep_scores: bool = False,
+    track: Track = quiet,
+) -> Decision:
+    """Decide masks and repaired weights block by block, each calibrated on what the blocks before it now give.
+
+    Args:
+        model: any module.
+        budget: sparsity=50% (of the weights that are masked), or n:m=2:4 (N of every M stay).
+        data: calibration batches.
+        inputs: arguments of one forward pass, to find weights that no known module owns; the first batch by default.
+        scope: what competes: tensor, each weight as a whole; row, each output of it.
+        damping: share of the mean of the diagonal of X'X that is added to it.
+        rho: penalty of ADMM at the start; it grows until the support settles.
+        iterations: of ADMM at most.
+        refine: steps of conjugate gradients on the support.
+        allocation: how much of each weight goes: uniform, owl, a .json file or JSON text of {pattern: share}, or a
+            sensitivity table.
+        owl_times: for owl, times the mean of a block from which a score is an outlier.
+        owl_spread: for owl, how far a block's share may lie from the mean.
+        block: rows and columns of tiles that go whole.
+        only: names of weights or modules, or patterns, to which masks are confined.
+        ignore: the same, of what stays dense.
+        keep_scores: keep what the masks were chosen by, to choose another sparsity later.
+        track: shows progress.
+
+    Raises:
+        SecateurError: without data, for options that contradict each other, or a pattern that does not fit.
+    """
+    need_data("alps", data)
+    if not damping > 0 or not rho > 0 or iterations < 1 or refine < 0:
+        raise SecateurError(f"damping {damping}, rho {rho} and iterations {iterations} must be above 0")
+    which = Which(only, ignore, block, allocation, owl_times, owl_spread, inputs)
+
+    def solve(matrices: Sequence[torch.Tensor], gram: Gram, zeros: Sequence[int], layout: Layout) -> Solved:
+        masks, weights, scores = admm(
+            matrices, gram.full(), zeros, layout, damping=damping, rho=rho, iterations=iterations, refine=refine
+        )
+        return Solved(masks, weights, scores)
+
+    todo = task(model, budget, data, which, matrix_scope("alps", scope), track)
+    return block_by_block(model, data, todo, solve, full=True, keep=keep_scores, track=track)

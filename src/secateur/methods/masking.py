@@ -1,0 +1,264 @@
+"""What the methods that make masks share: which weights, how much of each, and the way through the model."""
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.choose.allocate import Allocation, read_allocation, shares
+from secateur.choose.budget import Budget
+from secateur.choose.mask import Layout, mask_matrix, masks_of, zeros_of
+from secateur.choose.plan import Plan
+from secateur.errors import SecateurError
+from secateur.load.batches import Batch, run, size_of
+from secateur.load.mode import evaluating
+from secateur.methods.base import Decision
+from secateur.progress import Track
+from secateur.score.grams import Gram, Read, grams
+from secateur.score.outliers import outliers
+from secateur.space.products import plain_attention
+from secateur.space.trace import Inputs
+from secateur.space.weights import Weight, Weights, blocks_of, maskable
+from secateur.walk import walk
+
+
+@dataclass(frozen=True)
+class Which:
+    """Options that say what is masked, and in what pattern."""
+
+    only: Sequence[str] = ()
+    ignore: Sequence[str] = ()
+    block: tuple[int, int] = (1, 1)
+    allocation: Allocation = "uniform"
+    owl_times: float = 5.0
+    owl_spread: float = 0.08
+    inputs: Inputs = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be masked, and how much of each weight."""
+
+    weights: Weights
+    layout: Layout
+    sparsity: float
+    shares: Mapping[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Masks of matrices, and what came out beside them."""
+
+    masks: Sequence[torch.Tensor]
+    weights: Sequence[torch.Tensor] | None = None
+    """Repaired; None where what stays is as it was."""
+    scores: Sequence[torch.Tensor] | None = None
+    damping: float = 0.0
+
+
+Solver = Callable[[Sequence[torch.Tensor], Gram, Sequence[int], Layout], Solved]
+"""Matrices [rows, columns] that read the same, what they read, how many of each go."""
+
+
+def task(model: nn.Module, budget: Budget, data: Sequence[Batch], which: Which, scope: str, track: Track) -> Task:
+    """Read a budget and options, and find the weights; nothing heavy runs before all of it is known to fit.
+
+    Raises:
+        SecateurError: for options that contradict each other or do not fit the model.
+    """
+    sparsity = budget.sparsity()
+    layout = Layout(scope, budget.n_m, which.block)
+    allocation = read_allocation(which.allocation)
+    if allocation != "uniform" and budget.n_m is not None:
+        raise SecateurError("n:m fixes the share of every weight, and allocation would change it: give one of them")
+    if allocation != "uniform" and scope == "global":
+        raise SecateurError("scope global ranks all weights together, and allocation gives each its own share")
+    if allocation != "owl" and (which.owl_times, which.owl_spread) != (Which.owl_times, Which.owl_spread):
+        raise SecateurError("owl_times and owl_spread go with allocation owl")
+    if allocation == "owl" and not data:
+        raise SecateurError(
+            "allocation owl needs data: give batches, or 'self' for a language model that writes its own"
+        )
+    inputs = which.inputs
+    if inputs is None and data and not hasattr(getattr(model, "config", None), "to_dict"):
+        inputs = _inputs_of(data[0])
+    weights = maskable(model, inputs, only=which.only, ignore=which.ignore)
+    parameters = dict(model.named_parameters())
+    for weight in weights:
+        if not bool(torch.isfinite(parameters[weight.name]).all()):
+            raise SecateurError(f"{weight.name} holds NaN or infinite values: mend the checkpoint, or ignore it")
+    layout.check(weights)
+    found = _outliers(model, data, weights.chosen, which.owl_times, track) if allocation == "owl" else None
+    return Task(weights, layout, sparsity, shares(weights.chosen, sparsity, allocation, found, which.owl_spread))
+
+
+def from_weights(
+    model: nn.Module, task: Task, score: Callable[[torch.Tensor], torch.Tensor], *, keep: bool
+) -> Decision:
+    """Masks by a score of each weight by itself; no data is needed."""
+    parameters = dict(model.named_parameters())
+    begin = time.perf_counter()
+    scores = {w.name: score(parameters[w.name].detach()) for w in task.weights}
+    sparsity = task.sparsity if task.layout.scope == "global" else task.shares
+    masks = masks_of(task.weights.chosen, scores, sparsity, task.layout)
+    details = _details(task, 0, [], {"masking": time.perf_counter() - begin})
+    return Decision(Plan(masks=_on_cpu(masks)), scores=_on_cpu(scores) if keep else {}, details=details)
+
+
+def block_by_block(
+    model: nn.Module,
+    data: Sequence[Batch],
+    task: Task,
+    solve: Solver,
+    *,
+    full: bool,
+    keep: bool,
+    track: Track,
+) -> Decision:
+    """Masks by what weights read, each block on what the masked blocks before it give.
+
+    Args:
+        model: the dense model; a copy is worked on.
+        data: calibration batches.
+        task: what is to be done.
+        solve: makes masks of weights that read the same.
+        full: whether it wants X'X, or the squares alone.
+        keep: whether the scores are kept.
+        track: shows progress.
+    """
+    work = copy.deepcopy(model).requires_grad_(requires_grad=False)
+    parameters = dict(work.named_parameters())
+    masks = {w.name: torch.ones(w.shape, dtype=torch.bool) for w in task.weights}
+    scores = {w.name: torch.zeros(w.shape) for w in task.weights} if keep else {}
+    counts = _Counts(task)
+    unreached: list[str] = []
+    spent = {"calibrating": 0.0, "solving": 0.0}
+    damping: dict[str, float] = {}
+    repaired = False
+    for stage in walk(work, data, task.weights.chosen, track=track):
+        begin = time.perf_counter()
+        groups = grams(stage.run, stage.weights, parameters, full=full)
+        ready = time.perf_counter()
+        for group in groups:
+            found = _solve_group(group, parameters, counts, task.layout, solve)
+            unreached += [read.weight.name for read in group if read.gram is None]
+            repaired = repaired or found.weights is not None
+            if found.damping:
+                damping |= {read.weight.name: found.damping for read in group}
+            for i, read in enumerate(group):
+                tensor = parameters[read.weight.name]
+                read.weight.put(masks[read.weight.name], read.part, found.masks[i].cpu())
+                if found.weights is not None:
+                    new = found.weights[i].to(tensor.dtype)
+                else:
+                    new = read.weight.matrix(tensor, read.part).masked_fill(~found.masks[i], 0)
+                read.weight.put(tensor, read.part, new)
+                if keep and found.scores is not None:
+                    read.weight.put(scores[read.weight.name], read.part, found.scores[i].float().cpu())
+        spent["calibrating"] += ready - begin
+        spent["solving"] += time.perf_counter() - ready
+    details = _details(task, sum(map(size_of, data)), list(dict.fromkeys(unreached)), spent)
+    if damping:
+        details["more_damping"] = damping
+    weights = {name: parameters[name].detach() for name in masks} if repaired else {}
+    return Decision(Plan(masks=masks), weights=weights, scores=scores, details=details)
+
+
+def _solve_group(
+    group: Sequence[Read], parameters: Mapping[str, torch.Tensor], counts: "_Counts", layout: Layout, solve: Solver
+) -> Solved:
+    matrices = [read.weight.matrix(parameters[read.weight.name], read.part) for read in group]
+    zeros = [counts.take(read.weight, matrix) for read, matrix in zip(group, matrices, strict=True)]
+    gram = group[0].gram
+    if gram is not None:
+        return solve(matrices, gram, zeros, layout)
+    scores = [m.abs().float() for m in matrices]  # nothing was seen: all inputs count alike
+    return Solved([mask_matrix(s, n, layout) for s, n in zip(scores, zeros, strict=True)], scores=scores)
+
+
+class _Counts:
+    """How many elements (tiles) of each part go: exact in total, whatever parts a weight turns out to have."""
+
+    def __init__(self, task: Task) -> None:
+        self.tile = task.layout.block[0] * task.layout.block[1]
+        sizes = [w.size // self.tile for w in task.weights]
+        zeros = zeros_of(sizes, [task.shares[w.name] for w in task.weights])
+        self.zeros = {w.name: n for w, n in zip(task.weights, zeros, strict=True)}
+        self.done: dict[str, tuple[int, int]] = {}
+
+    def take(self, weight: Weight, matrix: torch.Tensor) -> int:
+        """Zeros of the next part of a weight."""
+        seen, given = self.done.get(weight.name, (0, 0))
+        seen += matrix.numel() // self.tile
+        upto = self.zeros[weight.name] * seen // (weight.size // self.tile)
+        self.done[weight.name] = seen, upto
+        return upto - given
+
+
+def _outliers(
+    model: nn.Module, data: Sequence[Batch], weights: Sequence[Weight], times: float, track: Track
+) -> dict[str, float]:
+    parameters = dict(model.named_parameters())
+
+    def forward() -> None:
+        for batch in track(data, "outliers"):
+            run(model, batch)
+
+    with evaluating(model), torch.no_grad(), plain_attention():
+        reads = grams(forward, weights, parameters, full=False)
+    return outliers(reads, parameters, blocks_of(model, [w.name for w in weights]), times)
+
+
+def _inputs_of(batch: Batch) -> Inputs:
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name != "labels"}
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def _details(task: Task, samples: int, unreached: list[str], seconds: Mapping[str, float]) -> dict[str, Any]:
+    layout = task.layout
+    found: dict[str, Any] = {
+        "masking": {
+            "target": task.sparsity,
+            "scope": layout.scope,
+            "n:m": None if layout.n_m is None else f"{layout.n_m[0]}:{layout.n_m[1]}",
+            "block": list(layout.block),
+            "weights": len(task.weights),
+            "left": dict(task.weights.left),
+        },
+        "calibration": {"samples": samples},
+        "seconds": dict(seconds),
+    }
+    if len(set(task.shares.values())) > 1:
+        found["masking"]["shares"] = dict(task.shares)
+    if unreached:
+        found["unreached"] = unreached
+    return found
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def need_data(method: str, data: Sequence[Batch]) -> None:
+    """Raise SecateurError where a method that calibrates has no data."""
+    if not data:
+        raise SecateurError(f"{method} needs data: give batches, or 'self' for a language model that writes its own")
+
+
+def matrix_scope(method: str, scope: str) -> str:
+    """A scope that lies within one matrix.
+
+    Raises:
+        SecateurError: for another.
+    """
+    if scope == "global":
+        raise SecateurError(
+            f"{method} goes block by block and cannot rank all weights together: take scope row or tensor"
+        )
+    return scope

@@ -1,0 +1,121 @@
+"""What a run reports: what was cut, what it costs now, how it was decided, what was measured."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from secateur.choose.cost import Workload, costs
+from secateur.choose.plan import Plan
+from secateur.choose.search import DIVISORS
+from secateur.cut.config import sizes_of
+from secateur.load.model import sliding_window
+from secateur.methods.base import Decision
+from secateur.methods.minitron import named
+from secateur.space import Axis, Space
+
+_NOT_SHOWN = ("data", "inputs", "loss", "tokenizer", "method", "stored_dtype", "track")
+
+
+def report_of(
+    model: nn.Module,
+    pruned: nn.Module,
+    plan: Plan,
+    decision: Decision,
+    options: Mapping[str, Any],
+    measured: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What was cut, what it costs now, what was measured; JSON values only.
+
+    Args:
+        model: the dense model.
+        pruned: what it was made into.
+        plan: that was applied, with its origin.
+        decision: how it came about.
+        options: of the method and of how data was read.
+        measured: quality before and after; None = nothing was.
+    """
+    report: dict[str, Any] = {
+        "secateur": plan.origin["secateur"],
+        "method": plan.origin["method"],
+        "model": {"name": plan.origin["model"], "fingerprint": plan.origin["fingerprint"]},
+        "budget": plan.origin["budget"],
+        "options": {k: _plain(v) for k, v in options.items() if v is not None and k not in _NOT_SHOWN},
+        **(_masked(pruned, plan) if decision.space is None else _cut(model, plan, decision.space, options)),
+        **decision.details,
+    }
+    if measured is not None:
+        report["measured"] = dict(measured)
+    return report
+
+
+def _masked(pruned: nn.Module, plan: Plan) -> dict[str, Any]:
+    """Zeros of a model that only masks thin out; all its sizes are as they were."""
+    every = [(p.numel(), int(p.count_nonzero())) for p in pruned.parameters()]
+    tensors = {n: {"elements": m.numel(), "zeros": m.numel() - int(m.sum())} for n, m in plan.masks.items()}
+    elements, zeros = (sum(t[key] for t in tensors.values()) for key in ("elements", "zeros"))
+    total = sum(count for count, _ in every)
+    return {
+        "sizes": {},
+        "units": {},
+        "dropped": [],
+        "costs": {
+            "params": {"dense": total, "pruned": total},
+            "nonzero": {"dense": total, "pruned": sum(nonzero for _, nonzero in every)},
+        },
+        "sparsity": {"masked": {"elements": elements, "zeros": zeros}, "tensors": tensors},
+    }
+
+
+def _cut(model: nn.Module, plan: Plan, space: Space, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes and costs before and after a structural cut."""
+    config = getattr(model, "config", None)
+    workload = Workload(
+        options.get("kv_batch", 1), options.get("kv_seq_len", 4096), sliding_window(config), options.get("stored_dtype")
+    )
+    before, after = sizes_of(space), sizes_of(space, plan)
+    kinds = [kind for kind in DIVISORS if before.get(kind) is not None]
+    dense = {kind: before.get(kind) or 0 for kind in kinds}
+    names = {kind: kind if config is None else next(iter(named(config, {kind: 0}, dense))) for kind in kinds}
+    whole, rest = costs(space, Plan(), workload), costs(space, plan, workload)
+    return {
+        "sizes": {names[kind]: {"dense": before.get(kind), "pruned": after.get(kind)} for kind in kinds},
+        "units": _units(space, plan),
+        "dropped": list(plan.dropped),
+        "costs": {
+            "params": {"dense": int(whole.params), "pruned": int(rest.params)},
+            "active_params": {"dense": int(whole.active_params), "pruned": int(rest.active_params)},
+            "memory": {
+                "dense": int(whole.memory),
+                "pruned": int(rest.memory),
+                "kv_batch": workload.batch,
+                "kv_seq_len": workload.seq_len,
+            },
+            "macs": {"dense": int(whole.macs), "pruned": int(rest.macs)},
+        },
+    }
+
+
+def _units(space: Space, plan: Plan) -> dict[str, dict[str, int]]:
+    """Units of all axes of each kind that is cut, the axes of dropped layers left out after the cut."""
+    found: dict[str, dict[str, int]] = {}
+    for kind in dict.fromkeys(kept.kind for kept in plan.kept.values()):
+        axes = space.of_kind(kind)
+        left = [len(plan.kept[a.name].units) if a.name in plan.kept else a.size for a in axes if not _gone(a, plan)]
+        found[kind] = {"axes": len(axes), "dense": sum(a.size for a in axes), "pruned": sum(left)}
+    return found
+
+
+def _gone(axis: Axis, plan: Plan) -> bool:
+    return axis.block in plan.dropped
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value that shows an option."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return getattr(value, "name", None) or str(value)

@@ -1,0 +1,157 @@
+"""What weights read on calibration data: X'X of the inputs of every product, or only its diagonal.
+
+Weights that read the same tensor (query, key and value; gate and up) share one sum, which is worked out once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from secateur.errors import SecateurError
+from secateur.space.products import Product, Products
+from secateur.space.weights import Part, Weight
+
+
+@dataclass
+class Gram:
+    """Sums over all rows x that the columns of a weight met.
+
+    Attributes:
+        rows: How many.
+        squares: Sum of x^2, [columns].
+        matrix: Sum of x x', [columns, columns]; None where only squares were asked for.
+    """
+
+    rows: int
+    squares: torch.Tensor
+    matrix: torch.Tensor | None = None
+
+    def full(self) -> torch.Tensor:
+        """X'X.
+
+        Raises:
+            ValueError: where only squares were asked for.
+        """
+        if self.matrix is None:
+            raise ValueError("only the squares were added up")
+        return self.matrix
+
+    def add(self, x: torch.Tensor) -> None:
+        """Take in rows [n, columns]; float32, or float64 where they are."""
+        x = x if x.dtype == torch.float64 else x.float()
+        self.rows += len(x)
+        if self.matrix is None:
+            self.squares += torch.linalg.vector_norm(x, dim=0).square()
+        else:
+            self.matrix.addmm_(x.T, x)
+            self.squares = self.matrix.diagonal()
+
+
+@dataclass(frozen=True)
+class Read:
+    """A part of a weight and what it reads.
+
+    Attributes:
+        weight: Which.
+        part: Of its tensor.
+        gram: Shared with all parts that read the same; None where no calibration data came by.
+    """
+
+    weight: Weight
+    part: Part
+    gram: Gram | None
+
+
+def grams(
+    run: Callable[[], None], weights: Sequence[Weight], parameters: Mapping[str, torch.Tensor], *, full: bool
+) -> list[list[Read]]:
+    """Watch a forward pass of all calibration data.
+
+    Args:
+        run: makes it.
+        weights: which to watch.
+        parameters: their tensors, by name.
+        full: X'X, or only its diagonal.
+
+    Returns:
+        Every part of every weight, those together that read the same.
+
+    Raises:
+        SecateurError: for activations that are not finite, and for a weight that is used in ways that do not agree.
+    """
+    watch = _Watch({w.name: w for w in weights}, full)
+    with Products({w.name: parameters[w.name] for w in weights}, watch.see):
+        run()
+    return watch.reads()
+
+
+class _Watch:
+    """Adds up, and finds out who reads the same."""
+
+    def __init__(self, weights: Mapping[str, Weight], full: bool) -> None:
+        self.weights, self.full = weights, full
+        self.grams: dict[tuple[str, Part], Gram] = {}
+        self.leaders: dict[int, tuple[str, Part]] = {}
+        self.last: tuple[Product, tuple[str, Part], set[tuple[str, Part]]] | None = None
+
+    def see(self, product: Product) -> None:
+        """Take in one product. What follows at once and reads the very same tensor shares the sum."""
+        key = (product.weight, product.part)
+        weight = self.weights[product.weight]
+        if set(product.columns) != set(weight.columns):
+            raise SecateurError(
+                f"{weight.name} is multiplied along dimensions {product.columns}, and elsewhere along "
+                f"{weight.columns}: ignore it (ignore: {weight.name})"
+            )
+        if self.last is not None and _same(self.last[0], product):
+            _, leader, done = self.last
+            shared = self.grams[leader]
+            if key not in done and self.grams.setdefault(key, shared) is shared:
+                done.add(key)
+                return
+        if key in self.grams and self.leaders[id(self.grams[key])] != key:
+            other = self.leaders[id(self.grams[key])][0]
+            raise SecateurError(f"{weight.name} reads what {other} reads, but not in all batches: ignore one of them")
+        x = product.read()
+        if key not in self.grams:
+            columns = x.shape[1]
+            kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+            matrix = torch.zeros(columns, columns, dtype=kind, device=x.device) if self.full else None
+            self.grams[key] = Gram(0, torch.zeros(columns, dtype=kind, device=x.device), matrix)
+            self.leaders[id(self.grams[key])] = key
+        self.grams[key].add(x)
+        self.last = (product, key, {key})
+
+    def reads(self) -> list[list[Read]]:
+        """All parts, grouped by what they read; those that nothing came by are one group each."""
+        groups: dict[int, list[Read]] = {}
+        for (name, part), gram in self.grams.items():
+            if not bool(torch.isfinite(gram.squares).all()):
+                raise SecateurError(f"NaN or infinite activations at the input of {name}: check the weights and dtype")
+            groups.setdefault(id(gram), []).append(Read(self.weights[name], part, gram))
+        found = list(groups.values())
+        for weight in self.weights.values():
+            seen = [part for name, part in self.grams if name == weight.name]
+            _check_apart(weight, seen)
+            found += [[Read(weight, p, None)] for p in weight.parts() if not any(_overlap(p, s) for s in seen)]
+        return found
+
+
+def _same(one: Product, other: Product) -> bool:
+    """Whether two products read the very same numbers. The first is held, so that its memory is not another's yet."""
+    a, b = one.operand, other.operand
+    place = (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+    return place and a._version == b._version and one.form == other.form
+
+
+def _overlap(a: Part, b: Part) -> bool:
+    return all(max(x[0], y[0]) < min(x[1], y[1]) for x, y in zip(a, b, strict=True))
+
+
+def _check_apart(weight: Weight, parts: Sequence[Part]) -> None:
+    for i, a in enumerate(parts):
+        if any(_overlap(a, b) for b in parts[i + 1 :]):
+            raise SecateurError(
+                f"{weight.name} is used whole in one place and in part in another: ignore it (ignore: {weight.name})"
+            )

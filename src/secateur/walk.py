@@ -1,0 +1,325 @@
+"""Go through a model block by block: each is calibrated on what the blocks before it, already changed, give.
+
+One forward pass finds out how the model is run: which modules of its lists follow each other, what each is called
+with, and where that comes from. A block whose arguments are results of earlier blocks, or were arguments of one, is run
+alone, on activations that are kept; any other gets its arguments from a forward pass that stops there. Weights outside
+of such lists are calibrated in a forward pass of the whole model, up to their last use.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from secateur.errors import SecateurError
+from secateur.load.batches import Batch, run
+from secateur.load.mode import evaluating
+from secateur.progress import Track, quiet
+from secateur.space.products import Products, plain_attention
+from secateur.space.weights import Weight, blocks_of
+
+Key = tuple[str, int, int]
+"""(``in`` or ``out``, stage, leaf): a tensor that goes into or comes out of a block."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stop on the way.
+
+    Attributes:
+        name: Of the block, or of what the weights have in common.
+        weights: Those that lie in it.
+        run: A forward pass of all calibration data through it, with what it weighs now.
+    """
+
+    name: str
+    weights: tuple[Weight, ...]
+    run: Callable[[], None]
+
+
+def walk(
+    model: nn.Module, batches: Sequence[Batch], weights: Sequence[Weight], *, track: Track = quiet
+) -> Iterator[Stage]:
+    """Visit all weights in the order of the forward pass; change those of a stage before you ask for the next one.
+
+    Args:
+        model: it is run in evaluation mode, without gradients, and left as the visitor leaves it.
+        batches: calibration data.
+        weights: which to visit; each belongs to one stage.
+        track: shows progress over the stages.
+
+    Yields:
+        The stages. Weights that no forward pass reaches come last.
+
+    Raises:
+        SecateurError: without batches.
+    """
+    if not batches:
+        raise SecateurError("there is no calibration batch: give data")
+    with evaluating(model), torch.no_grad(), plain_attention():
+        route = _Route(model, batches, weights)
+        for stop in track(route.stops, "pruning, block by block"):
+            yield from route.visit(stop)
+
+
+@dataclass
+class _Stop:
+    """One stage, before it is run."""
+
+    name: str
+    weights: list[Weight] = field(default_factory=list)
+    number: int = 0
+    """Place among the blocks; of weights outside of blocks, that of the block before which they are used."""
+    is_block: bool = False
+    keys: list[Key | None] = field(default_factory=list)
+    """Where each argument comes from; None for what is no tensor."""
+    leaves: list[Any] = field(default_factory=list)
+    spec: Any = None
+    fresh: bool = False
+    """Some argument is known only from a forward pass of the model."""
+    writes: bool = False
+    """The block changes its arguments in place."""
+    until: str | None = None
+    """The block at whose start the forward pass may stop."""
+
+
+class _Reached(Exception):  # noqa: N818
+    """No error: ends a forward pass early."""
+
+
+class _Route:
+    """What one forward pass told, and the activations that are kept."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], weights: Sequence[Weight]) -> None:
+        self.model, self.batches = model, batches
+        self.kept: dict[Key, list[torch.Tensor]] = {}
+        events = _record(model, batches[0], weights)
+        same = len({tuple(x.shape for x in pytree.tree_leaves(b) if isinstance(x, torch.Tensor)) for b in batches}) == 1
+        self.stops = _stops(model, events, weights, same_shapes=same)
+        blocks = [stop for stop in self.stops if stop.is_block]
+        self.needed = {key: stop.number for stop in blocks if not stop.fresh for key in stop.keys if key is not None}
+        """Tensor -> the last block that takes it from what is kept."""
+
+    def visit(self, stop: _Stop) -> Iterator[Stage]:
+        if not stop.is_block:
+            if stop.weights:
+                yield Stage(stop.name, tuple(stop.weights), lambda: self._whole(stop.until))
+            return
+        calls = self._fresh(stop) if stop.fresh else self._carried(stop)
+        module = self.model.get_submodule(stop.name)
+
+        def once() -> None:
+            for args, kwargs in calls():
+                module(*args, **kwargs)
+
+        if stop.weights:
+            yield Stage(stop.name, tuple(stop.weights), once)
+        gives = {key for key in self.needed if key[:2] == ("out", stop.number)}
+        found: dict[Key, list[torch.Tensor]] = {key: [] for key in gives}
+        if gives:
+            for args, kwargs in calls():
+                leaves = pytree.tree_leaves(module(*args, **kwargs))
+                for key in gives:
+                    found[key].append(leaves[key[2]])
+        self.kept = {k: v for k, v in {**self.kept, **found}.items() if self.needed.get(k, -1) > stop.number}
+
+    def _carried(self, stop: _Stop) -> Callable[[], Iterator[tuple[Any, Any]]]:
+        def calls() -> Iterator[tuple[Any, Any]]:
+            for index in range(len(self.batches)):
+                leaves = [
+                    leaf if key is None else self.kept[key][index]
+                    for key, leaf in zip(stop.keys, stop.leaves, strict=True)
+                ]
+                yield _call(stop, leaves, stop.spec)
+
+        return calls
+
+    def _fresh(self, stop: _Stop) -> Callable[[], Iterator[tuple[Any, Any]]]:
+        found: list[tuple[list[Any], Any]] = []
+
+        def take(_: nn.Module, args: Any, kwargs: Any) -> None:
+            found.append(pytree.tree_flatten((args, kwargs)))
+            raise _Reached
+
+        self._whole(stop.name, take)
+        for place, key in enumerate(stop.keys):
+            if key is not None and key in self.needed:
+                self.kept[key] = [leaves[place] for leaves, _ in found]
+        return lambda: (_call(stop, leaves, spec) for leaves, spec in found)
+
+    def _whole(self, until: str | None, hook: Any = None) -> None:
+        """A forward pass of the model on every batch, up to a block."""
+
+        def stop(*_: Any) -> None:
+            raise _Reached
+
+        handle = None
+        if until is not None:
+            module = self.model.get_submodule(until)
+            handle = module.register_forward_pre_hook(hook or stop, with_kwargs=hook is not None)
+        try:
+            for batch in self.batches:
+                try:
+                    run(self.model, batch)
+                except _Reached:
+                    continue
+        finally:
+            if handle is not None:
+                handle.remove()
+
+
+def _call(stop: _Stop, leaves: list[Any], spec: Any) -> tuple[Any, Any]:
+    if stop.writes:
+        leaves = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return args, kwargs
+
+
+# --- finding the way ---
+
+
+@dataclass
+class _Call:
+    """One call of a module that lies in a list of modules."""
+
+    path: str
+    begin: int
+    leaves: list[Any]
+    spec: Any
+    versions: list[int | None]
+    end: int = 0
+    result: list[Any] = field(default_factory=list)
+    writes: bool = False
+
+
+@dataclass
+class _Events:
+    calls: list[_Call]
+    uses: dict[str, tuple[int, int]]
+    """Weight -> times of its first and last product."""
+
+
+def _record(model: nn.Module, batch: Batch, weights: Sequence[Weight]) -> _Events:
+    """Run the model once and write down calls and products, with their times."""
+    clock = itertools.count()
+    calls: list[_Call] = []
+    open_calls: dict[str, list[_Call]] = {}
+    uses: dict[str, tuple[int, int]] = {}
+    handles = []
+    for path in dict.fromkeys(path for _, paths in _lists(model) for path in paths):
+
+        def before(_: nn.Module, args: Any, kwargs: Any, *, path: str = path) -> None:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            call = _Call(path, next(clock), leaves, spec, [_version(x) for x in leaves])
+            calls.append(call)
+            open_calls.setdefault(path, []).append(call)
+
+        def after(_: nn.Module, __: Any, output: Any, *, path: str = path) -> None:
+            call = open_calls[path].pop()
+            call.result, call.end = pytree.tree_leaves(output), next(clock)
+            call.writes = call.versions != [_version(x) for x in call.leaves]
+
+        module = model.get_submodule(path)
+        handles += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+
+    def see(product: Any) -> None:
+        now = next(clock)
+        uses[product.weight] = (uses.get(product.weight, (now, now))[0], now)
+
+    parameters = dict(model.named_parameters())
+    try:
+        with Products({w.name: parameters[w.name] for w in weights}, see):
+            run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _Events(calls, uses)
+
+
+def _version(x: Any) -> int | None:
+    return x._version if isinstance(x, torch.Tensor) else None
+
+
+def _lists(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """Lists of modules, outermost first: (path, paths of what they hold)."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            yield path, [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
+
+
+def _chains(model: nn.Module, events: _Events) -> list[_Call]:
+    """Calls of the modules of lists that hand a tensor on from each to the next, in the order of time."""
+    by_path: dict[str, list[_Call]] = {}
+    for call in events.calls:
+        by_path.setdefault(call.path, []).append(call)
+    found: list[_Call] = []
+    for _, paths in _lists(model):
+        found_in = [by_path.get(path, []) for path in paths]
+        if any(len(calls) > 1 for calls in found_in):
+            continue
+        chain = [calls[0] for calls in found_in if calls]
+        if len({id(model.get_submodule(call.path)) for call in chain}) < len(chain):
+            continue
+        if any(f"{call.path}.".startswith(f"{other.path}.") for call in chain for other in found):
+            continue
+        if len(chain) > 1 and all(_hands_on(a, b) for a, b in itertools.pairwise(chain)):
+            found += chain
+    return sorted(found, key=lambda call: call.begin)
+
+
+def _hands_on(a: _Call, b: _Call) -> bool:
+    given = {id(x) for x in a.result if isinstance(x, torch.Tensor)}
+    return a.end < b.begin and any(id(x) in given for x in b.leaves)
+
+
+def _stops(model: nn.Module, events: _Events, weights: Sequence[Weight], *, same_shapes: bool) -> list[_Stop]:
+    chain = _chains(model, events)
+    known: dict[int, Key] = {}
+    blocks: list[_Stop] = []
+    for number, call in enumerate(chain):
+        stop = _Stop(call.path, number=number, is_block=True, spec=call.spec, writes=call.writes)
+        for place, leaf in enumerate(call.leaves):
+            if isinstance(leaf, torch.Tensor):
+                stop.fresh = stop.fresh or id(leaf) not in known
+                stop.keys.append(known.setdefault(id(leaf), ("in", number, place)))
+            else:
+                plain = leaf is None or isinstance(leaf, bool | str | torch.dtype | torch.device)
+                stop.fresh = stop.fresh or not (plain or (same_shapes and isinstance(leaf, int | float)))
+                stop.keys.append(None)
+        if call.writes:  # what it was given is another tensor now
+            known = {i: key for i, key in known.items() if i not in {id(x) for x in call.leaves}}
+        for place, leaf in enumerate(call.result):
+            if isinstance(leaf, torch.Tensor):
+                known[id(leaf)] = ("out", number, place)
+        stop.leaves = [None if key is not None else leaf for key, leaf in zip(stop.keys, call.leaves, strict=True)]
+        blocks.append(stop)
+    return _placed(blocks, chain, events, weights, blocks_of(model, [w.name for w in weights]))
+
+
+def _placed(
+    blocks: list[_Stop], chain: Sequence[_Call], events: _Events, weights: Sequence[Weight], around: Mapping[str, str]
+) -> list[_Stop]:
+    """The blocks with their weights, and between them stops for the weights outside."""
+    between: dict[tuple[int, str], _Stop] = {}
+    unreached = _Stop("weights that no calibration data reaches", number=len(blocks) + 1)
+    for weight in sorted(weights, key=lambda w: events.uses.get(w.name, (0, 0))[0]):
+        inside = next((stop for stop in blocks if weight.name.startswith(f"{stop.name}.")), None)
+        first, last = events.uses.get(weight.name, (-1, -1))
+        if first < 0:
+            (inside or unreached).weights.append(weight)
+        elif inside is not None and chain[inside.number].begin < first <= last < chain[inside.number].end:
+            inside.weights.append(weight)
+        else:
+            number = sum(call.end < first for call in chain)
+            name = around[weight.name]
+            between.setdefault((number, name), _Stop(name, number=number)).weights.append(weight)
+    for stop in between.values():
+        last = max(events.uses[weight.name][1] for weight in stop.weights)
+        stop.until = next((call.path for call in chain if call.begin > last), None)
+    ordered = sorted([*between.values(), *blocks, unreached], key=lambda stop: (stop.number, stop.is_block))
+    ends = [place for place, stop in enumerate(ordered) if stop.weights]
+    return ordered[: ends[-1] + 1] if ends else []
