@@ -15,6 +15,7 @@ from common import ROOT, record
 from torch import nn
 
 import secateur
+from secateur.mend.batch_norm import adapt_batch_norm
 from secateur.methods.structural import FROM_DATA, FROM_WEIGHTS, SCOPES
 from secateur.methods.verbs import decide
 
@@ -38,26 +39,13 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     return 100 * secateur.evaluate(model, batches)["accuracy"]
 
 
-@torch.no_grad()
-def estimate_again(model: nn.Module, x: torch.Tensor) -> None:
-    """Statistics of batch norm as the mean over batches of 128."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    model.train()
-    for batch in torch.split(x, 128):
-        model(batch)
-    model.eval()
-
-
 def main() -> None:
     """Run all, and keep results/structural.json and .md."""
     torch.set_num_threads(1)
     sys.path.insert(0, str(ROOT / "examples" / "digits"))
     digits: Any = importlib.import_module("digits")
     dense, calibration = digits.trained(), list(digits.calibration())
-    (x, y), train = digits.images("test", 4000), digits.images("train", 50 * 128)[0]
+    (x, y), train = digits.images("test", 4000), torch.split(digits.images("train", 50 * 128)[0], 128)
     rows = []
     for criterion in (*FROM_WEIGHTS, *FROM_DATA):
         for scope in (*SCOPES, "global, streams whole"):
@@ -70,7 +58,7 @@ def main() -> None:
             pruned = secateur.apply(dense, decision.plan, space=decision.space, inputs=EXAMPLE)
             seconds = time.perf_counter() - begin
             returned = accuracy(pruned, x, y)
-            estimate_again(pruned, train)
+            adapt_batch_norm(pruned, train)
             params = sum(p.numel() for p in pruned.parameters())
             row = {"criterion": criterion, "scope": scope, "params": params}
             row |= {"macs": int(decision.details["target"]["macs"]["reached"]), "returned": round(returned, 1)}

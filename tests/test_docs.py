@@ -17,6 +17,7 @@ SMALL = {
     "prune": ["--samples", "16", "--score-samples", "4", "--top-k", "2"],
     "eval": ["--samples", "8"],
     "inspect": [],
+    "stats": [],
 }
 OPTIONS_OF_MINITRON = ("--score-samples", "4", "--top-k", "2")
 

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_SHOWN = 24
+
 
 class SecateurError(ValueError):
     """Something in the input is wrong; the message names the thing, the value and the fix.
@@ -12,7 +14,8 @@ class SecateurError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known name closest to `name`, or the list of known names."""
+    """Return ``"; did you mean 'x'?"`` for the known name closest to `name`, or the known names (some of them)."""
     names = sorted(set(known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names[:_SHOWN])}{more}"

@@ -6,6 +6,7 @@ alone, on activations that are kept; any other gets its arguments from a forward
 of such lists are calibrated in a forward pass of the whole model, up to their last use.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from secateur.errors import SecateurError
 from secateur.load.batches import Batch, run
 from secateur.load.mode import evaluating
 from secateur.progress import Track, quiet
-from secateur.space.products import Products, plain_attention
+from secateur.space.products import Enough, Products, plain_attention
 from secateur.space.weights import Weight, blocks_of
 
 Key = tuple[str, int, int]
@@ -34,11 +35,13 @@ class Stage:
         name: Of the block, or of what the weights have in common.
         weights: Those that lie in it.
         run: A forward pass of all calibration data through it, with what it weighs now.
+        last: The weight at whose product a pass may end, because no other is met after it (see `Products`).
     """
 
     name: str
     weights: tuple[Weight, ...]
     run: Callable[[], None]
+    last: str | None = None
 
 
 def walk(
@@ -83,12 +86,10 @@ class _Stop:
     """Some argument is known only from a forward pass of the model."""
     writes: bool = False
     """The block changes its arguments in place."""
+    last: str | None = None
+    """The weight that is met last, where each is met once."""
     until: str | None = None
     """The block at whose start the forward pass may stop."""
-
-
-class _Reached(Exception):  # noqa: N818
-    """No error: ends a forward pass early."""
 
 
 class _Route:
@@ -114,10 +115,11 @@ class _Route:
 
         def once() -> None:
             for args, kwargs in calls():
-                module(*args, **kwargs)
+                with contextlib.suppress(Enough):
+                    module(*args, **kwargs)
 
         if stop.weights:
-            yield Stage(stop.name, tuple(stop.weights), once)
+            yield Stage(stop.name, tuple(stop.weights), once, stop.last)
         gives = {key for key in self.needed if key[:2] == ("out", stop.number)}
         found: dict[Key, list[torch.Tensor]] = {key: [] for key in gives}
         if gives:
@@ -143,7 +145,7 @@ class _Route:
 
         def take(_: nn.Module, args: Any, kwargs: Any) -> None:
             found.append(pytree.tree_flatten((args, kwargs)))
-            raise _Reached
+            raise Enough
 
         self._whole(stop.name, take)
         for place, key in enumerate(stop.keys):
@@ -155,7 +157,7 @@ class _Route:
         """A forward pass of the model on every batch, up to a block."""
 
         def stop(*_: Any) -> None:
-            raise _Reached
+            raise Enough
 
         handle = None
         if until is not None:
@@ -163,10 +165,8 @@ class _Route:
             handle = module.register_forward_pre_hook(hook or stop, with_kwargs=hook is not None)
         try:
             for batch in self.batches:
-                try:
+                with contextlib.suppress(Enough):
                     run(self.model, batch)
-                except _Reached:
-                    continue
         finally:
             if handle is not None:
                 handle.remove()
@@ -199,8 +199,8 @@ class _Call:
 @dataclass
 class _Events:
     calls: list[_Call]
-    uses: dict[str, tuple[int, int]]
-    """Weight -> times of its first and last product."""
+    uses: dict[str, list[int]]
+    """Weight -> times of its products."""
 
 
 def _record(model: nn.Module, batch: Batch, weights: Sequence[Weight]) -> _Events:
@@ -208,7 +208,7 @@ def _record(model: nn.Module, batch: Batch, weights: Sequence[Weight]) -> _Event
     clock = itertools.count()
     calls: list[_Call] = []
     open_calls: dict[str, list[_Call]] = {}
-    uses: dict[str, tuple[int, int]] = {}
+    uses: dict[str, list[int]] = {}
     handles = []
     for path in dict.fromkeys(path for _, paths in _lists(model) for path in paths):
 
@@ -227,8 +227,7 @@ def _record(model: nn.Module, batch: Batch, weights: Sequence[Weight]) -> _Event
         handles += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
 
     def see(product: Any) -> None:
-        now = next(clock)
-        uses[product.weight] = (uses.get(product.weight, (now, now))[0], now)
+        uses.setdefault(product.weight, []).append(next(clock))
 
     parameters = dict(model.named_parameters())
     try:
@@ -306,9 +305,10 @@ def _placed(
     """The blocks with their weights, and between them stops for the weights outside."""
     between: dict[tuple[int, str], _Stop] = {}
     unreached = _Stop("weights that no calibration data reaches", number=len(blocks) + 1)
-    for weight in sorted(weights, key=lambda w: events.uses.get(w.name, (0, 0))[0]):
+    for weight in sorted(weights, key=lambda w: events.uses.get(w.name, [0])[0]):
         inside = next((stop for stop in blocks if weight.name.startswith(f"{stop.name}.")), None)
-        first, last = events.uses.get(weight.name, (-1, -1))
+        times = events.uses.get(weight.name, [-1])
+        first, last = times[0], times[-1]
         if first < 0:
             (inside or unreached).weights.append(weight)
         elif inside is not None and chain[inside.number].begin < first <= last < chain[inside.number].end:
@@ -317,8 +317,12 @@ def _placed(
             number = sum(call.end < first for call in chain)
             name = around[weight.name]
             between.setdefault((number, name), _Stop(name, number=number)).weights.append(weight)
+    for stop in blocks:
+        times = {w.name: events.uses.get(w.name, []) for w in stop.weights}
+        if times and all(len(found) == 1 for found in times.values()):  # so no choice of the data's is among them
+            stop.last = max(times, key=lambda name: times[name][0])
     for stop in between.values():
-        last = max(events.uses[weight.name][1] for weight in stop.weights)
+        last = max(events.uses[weight.name][-1] for weight in stop.weights)
         stop.until = next((call.path for call in chain if call.begin > last), None)
     ordered = sorted([*between.values(), *blocks, unreached], key=lambda stop: (stop.number, stop.is_block))
     ends = [place for place, stop in enumerate(ordered) if stop.weights]

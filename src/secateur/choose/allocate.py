@@ -166,12 +166,12 @@ def from_table(weights: Sequence[Weight], sparsity: float, losses: Mapping[str, 
     one = np.stack([(which == i).astype(float) for i in range(len(curves))])
     target = sparsity * sum(size)
     most = sum(max(s for s, _ in curve) * n for curve, n in zip(curves, size, strict=True))
-    if most < target - 0.5:
+    if most < target - 1e-6 * sum(size):
         raise SecateurError(
             f"the sensitivity table's largest shares come to {100 * most / sum(size):.4g}%, less than the budget's "
             f"{100 * sparsity:g}%: measure larger ones, or ask for less"
         )
-    constraints = [LinearConstraint(one, 1, 1), LinearConstraint(zeros[None], target - 0.5, np.inf)]
+    constraints = [LinearConstraint(one, 1, 1), LinearConstraint(zeros[None], target - 1e-6 * sum(size), np.inf)]
     found = milp(cost, constraints=constraints, integrality=np.ones(len(cost), dtype=int), bounds=Bounds(0, 1))
     if found.x is None:
         raise SecateurError(f"no allocation was found from the sensitivity table: {found.message}")

@@ -80,8 +80,14 @@ def open_model(
     return load_model(name, device=device, dtype=dtype) if weights else (meta_model(name), None, None)
 
 
-def inputs_of(model: nn.Module, making: Making, name: str) -> Any:
-    """Example inputs on the model's device and of its type; None for a Hugging Face model that needs none.
+def inputs_of(model: nn.Module, making: Making, name: str, *, needed: bool = True) -> Any:
+    """Example inputs on the model's device and of its type; None where none are given and the model does without.
+
+    Args:
+        model: what they are for.
+        making: what the user said of them.
+        name: of the model, for messages.
+        needed: whether anything but a Hugging Face model must have them.
 
     Raises:
         SecateurError: for a shape that is none, for both options, or for neither where they are needed.
@@ -102,7 +108,7 @@ def inputs_of(model: nn.Module, making: Making, name: str) -> Any:
     if making.input_shape:
         shapes = [_shape(text) for text in making.input_shape]
         return tuple(torch.zeros(shape, dtype=first.dtype, device=first.device) for shape in shapes)
-    if not hasattr(getattr(model, "config", None), "to_dict"):
+    if needed and not hasattr(getattr(model, "config", None), "to_dict"):
         raise SecateurError(
             f"{name} is no Hugging Face model: give example inputs, --input-shape 1,3,32,32 or --inputs module:function"
         )

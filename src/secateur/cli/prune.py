@@ -18,7 +18,7 @@ from secateur.errors import SecateurError, nearest
 from secateur.load.functions import find_function
 from secateur.measure.choice import load_questions
 from secateur.measure.quality import choice_metric, load_metric, perplexity_metric
-from secateur.methods import METHODS
+from secateur.methods import MASKING, METHODS
 from secateur.methods.verbs import batches_of, needs_data, prune
 from secateur.ship import save
 from secateur.ship.checkpoint import check_out, why_not_stock
@@ -57,6 +57,8 @@ class Arguments:
     the model), or module:function that returns batches. Minitron takes self where nothing is given."""
     eval_data: str | None = None
     """Held-out data to measure the model on before and after; nothing is measured without."""
+    adapt_batch_norm: bool = False
+    """Estimate the statistics of batch norms anew, on --data, after the cut: CNNs need it."""
     overwrite: bool = False
     """Replace an existing result in --out."""
     loss: str | None = None
@@ -93,7 +95,7 @@ def run(words: Sequence[str]) -> None:
         raise SecateurError(
             f"{arguments.model} was saved with a constructor: give that, and its weights with --weights"
         )
-    inputs = inputs_of(model, arguments.making, arguments.model)
+    inputs = inputs_of(model, arguments.making, arguments.model, needed=method not in MASKING)
     if scoring.score == "choice" and tokenizer is None:
         raise SecateurError(f"--score choice needs a tokenizer, and {arguments.model} has none")
     check_out(arguments.out, overwrite=arguments.overwrite, source=source)
@@ -109,9 +111,11 @@ def run(words: Sequence[str]) -> None:
         options["loss"] = find_function(arguments.loss, "--loss", "my_training:loss")
     if "seed" in taken:
         options["seed"] = common.seed
+    if "stored_dtype" in taken and source is not None:
+        options["stored_dtype"] = source.dtype
     result = prune(
         model, budget, method=method, data=rows, eval_data=held_out, inputs=inputs, name=arguments.model, track=track,
-        stored_dtype=None if source is None else source.dtype, **options,
+        adapt_batch_norm=arguments.adapt_batch_norm, **options,
     )  # fmt: skip
     report = {**result.report, "data": {"calibration": used, "evaluation": arguments.eval_data}}
     if source is not None and source.unused:
@@ -124,8 +128,8 @@ def run(words: Sequence[str]) -> None:
         {"constructor": arguments.model, "arguments": arguments.making.arguments} if source is None else {}
     )
     save(
-        result.model, arguments.out, plan=result.plan, source=source, tokenizer=tokenizer, report=report,
-        overwrite=arguments.overwrite, **built,
+        result.model, arguments.out, plan=result.plan, scores=result.scores, source=source, tokenizer=tokenizer,
+        report=report, overwrite=arguments.overwrite, **built,
     )  # fmt: skip
     how_to_load = _loading(result.model, constructed=source is None)
     common.show(
@@ -213,31 +217,7 @@ def _shown(arguments: Arguments) -> dict[str, Any]:
 def _draw(console: Console, report: dict[str, Any], out: Path, how_to_load: str) -> None:
     if "search" in report:
         tables.candidates(console, report["search"])
-    rows = [
-        (name, str(size["dense"]), str(size["pruned"]), tables.share(size["pruned"] or 0, size["dense"]))
-        for name, size in report["sizes"].items()
-        if size["pruned"] is not None
-    ]
-    told = {name for name, size in report["sizes"].items() if size["pruned"] is not None}
-    for kind, units in report["units"].items():
-        if kind not in told and (len(told) == 0 or units["axes"] > 1):
-            label = f"{kind}, in {units['axes']} axes" if units["axes"] > 1 else kind
-            shown = (f"{units['dense']:,}", f"{units['pruned']:,}")
-            rows.append((label, *shown, tables.share(units["pruned"], units["dense"])))
-    params, memory = report["costs"]["params"], report["costs"]["memory"]
-    rows.append(
-        ("parameters", f"{params['dense']:,}", f"{params['pruned']:,}", tables.share(params["pruned"], params["dense"]))
-    )
-    active = report["costs"]["active_params"]
-    if active != params:
-        row = (f"{active['dense']:,}", f"{active['pruned']:,}", tables.share(active["pruned"], active["dense"]))
-        rows.append(("parameters that a token meets", *row))
-    macs = report["costs"]["macs"]
-    row = (f"{macs['dense']:,}", f"{macs['pruned']:,}", tables.share(macs["pruned"], macs["dense"]))
-    rows.append(("multiply-accumulates", *row))
-    label = f"weights + KV cache ({memory['kv_batch']} x {memory['kv_seq_len']})"
-    sizes = (tables.bytes_text(memory["dense"]), tables.bytes_text(memory["pruned"]))
-    rows.append((label, *sizes, tables.share(memory["pruned"], memory["dense"])))
+    rows = _masks(report) if "sparsity" in report else _sizes(report) + _costs(report["costs"])
     if "measured" in report:
         rows += _measured(report["measured"])
     tables.table(console, "What was cut, and what it cost", ("", "dense", "pruned", "share"), rows)
@@ -246,8 +226,63 @@ def _draw(console: Console, report: dict[str, Any], out: Path, how_to_load: str)
         console.print(f"left out: {count} tensors of the checkpoint that the model has no place for, such as {first}")
     if report["dropped"]:
         console.print(f"dropped: {', '.join(report['dropped'])}")
+    for name in report.get("unreached", [])[:3]:
+        console.print(f"no calibration data reached {name}: it was masked by magnitude")
+    if len(report.get("unreached", [])) > 3:
+        console.print(f"and {len(report['unreached']) - 3} weights more (report.json names them)")
+    if report.get("more_damping"):
+        worst = max(report["more_damping"].values())
+        console.print(f"{len(report['more_damping'])} weights took more damping than asked for, up to {worst:g}")
+    if "batch_norms_adapted" in report:
+        console.print(f"the statistics of {report['batch_norms_adapted']} batch norms were estimated anew")
+    if "sparsity" in report:
+        console.print(
+            "Zeros make the compressed file smaller, not the model faster (2:4 alone speeds up large layers, on GPUs "
+            "that have it).",
+            soft_wrap=True,
+        )
     console.print("Nothing was trained after the cut: distilling or fine-tuning will win much of the loss back.")
     console.print(f"saved in {out} (report.json, plan.json, and {how_to_load})", soft_wrap=True)
+
+
+def _sizes(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    rows = [
+        (name, str(size["dense"]), str(size["pruned"]), tables.share(size["pruned"] or 0, size["dense"]))
+        for name, size in report["sizes"].items()
+        if size["pruned"] is not None
+    ]
+    told = {row[0] for row in rows}
+    for kind, units in report["units"].items():
+        if kind not in told and (len(told) == 0 or units["axes"] > 1):
+            label = f"{kind}, in {units['axes']} axes" if units["axes"] > 1 else kind
+            rows.append(_counted(label, units))
+    return rows
+
+
+def _costs(costs: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    rows = [_counted("parameters", costs["params"])]
+    if costs["active_params"] != costs["params"]:
+        rows.append(_counted("parameters that a token meets", costs["active_params"]))
+    rows.append(_counted("multiply-accumulates", costs["macs"]))
+    memory = costs["memory"]
+    label = f"weights + KV cache ({memory['kv_batch']} x {memory['kv_seq_len']})"
+    sizes = (tables.bytes_text(memory["dense"]), tables.bytes_text(memory["pruned"]))
+    return [*rows, (label, *sizes, tables.share(memory["pruned"], memory["dense"]))]
+
+
+def _masks(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    masked = report["sparsity"]["masked"]
+    left = masked["elements"] - masked["zeros"]
+    label = f"weights that stay, in {len(report['sparsity']['tensors'])} masked tensors"
+    return [
+        _counted(label, {"dense": masked["elements"], "pruned": left}),
+        _counted("parameters that are not zero", report["costs"]["nonzero"]),
+    ]
+
+
+def _counted(label: str, count: dict[str, int]) -> tuple[str, str, str, str]:
+    share = tables.share(count["pruned"], count["dense"])
+    return label, f"{count['dense']:,}", f"{count['pruned']:,}", share
 
 
 def _measured(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -19,4 +19,7 @@ METHODS: Mapping[str, Callable[..., Decision]] = {
     "alps": alps,
 }
 
-__all__ = ["METHODS", "Decision"]
+MASKING = ("magnitude", "wanda", "sparsegpt", "alps")
+"""Methods that set single weights to zero and leave all sizes as they are."""
+
+__all__ = ["MASKING", "METHODS", "Decision"]

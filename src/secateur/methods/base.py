@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from secateur.choose.plan import Plan
+from secateur.choose.rescore import MaskScores
 from secateur.space import Space
 
 
@@ -21,5 +22,5 @@ class Decision:
     """What the report tells beside the plan: candidates, calibration, seconds. JSON values only."""
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """What the method repaired: parameters of the cut model and their new values."""
-    scores: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What masks were chosen by, where it was asked to keep that: weight -> tensor of its shape."""
+    scores: MaskScores | None = None
+    """What masks were chosen by, where the method was asked to keep that."""

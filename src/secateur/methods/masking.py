@@ -13,6 +13,7 @@ from secateur.choose.allocate import Allocation, read_allocation, shares
 from secateur.choose.budget import Budget
 from secateur.choose.mask import Layout, mask_matrix, masks_of, zeros_of
 from secateur.choose.plan import Plan
+from secateur.choose.rescore import MaskScores
 from secateur.errors import SecateurError
 from secateur.load.batches import Batch, run, size_of
 from secateur.load.mode import evaluating
@@ -107,7 +108,7 @@ def from_weights(
     sparsity = task.sparsity if task.layout.scope == "global" else task.shares
     masks = masks_of(task.weights.chosen, scores, sparsity, task.layout)
     details = _details(task, 0, [], {"masking": time.perf_counter() - begin})
-    return Decision(Plan(masks=_on_cpu(masks)), scores=_on_cpu(scores) if keep else {}, details=details)
+    return Decision(Plan(masks=_on_cpu(masks)), scores=_scores(task, scores) if keep else None, details=details)
 
 
 def block_by_block(
@@ -142,7 +143,7 @@ def block_by_block(
     repaired = False
     for stage in walk(work, data, task.weights.chosen, track=track):
         begin = time.perf_counter()
-        groups = grams(stage.run, stage.weights, parameters, full=full)
+        groups = grams(stage.run, stage.weights, parameters, full=full, last=stage.last)
         ready = time.perf_counter()
         for group in groups:
             found = _solve_group(group, parameters, counts, task.layout, solve)
@@ -166,7 +167,7 @@ def block_by_block(
     if damping:
         details["more_damping"] = damping
     weights = {name: parameters[name].detach() for name in masks} if repaired else {}
-    return Decision(Plan(masks=masks), weights=weights, scores=scores, details=details)
+    return Decision(Plan(masks=masks), weights=weights, scores=_scores(task, scores) if keep else None, details=details)
 
 
 def _solve_group(
@@ -239,6 +240,11 @@ def _details(task: Task, samples: int, unreached: list[str], seconds: Mapping[st
     if unreached:
         found["unreached"] = unreached
     return found
+
+
+def _scores(task: Task, scores: Mapping[str, torch.Tensor]) -> MaskScores:
+    shares = None if task.layout.scope == "global" else task.shares
+    return MaskScores(_on_cpu(scores), task.weights.chosen, task.layout, shares)
 
 
 def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ import importlib.metadata
 import inspect
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from secateur.choose.budget import Budget
 from secateur.choose.plan import Plan
+from secateur.choose.rescore import MaskScores
 from secateur.cut import apply
 from secateur.errors import SecateurError, nearest
 from secateur.load.batches import Batch, size_of
@@ -20,6 +21,7 @@ from secateur.load.data import Tokenizer, load_tokens, sample_tokens
 from secateur.load.model import fingerprint
 from secateur.measure.classify import classify, compare_classes, labelled
 from secateur.measure.quality import Reference, compare, perplexity
+from secateur.mend.batch_norm import adapt_batch_norm as estimate_anew
 from secateur.methods import METHODS, Decision
 from secateur.methods.reporting import report_of
 from secateur.progress import Track, quiet
@@ -42,8 +44,8 @@ class Result:
     plan: Plan
     report: Mapping[str, Any]
     """What was cut, what it cost and what it saves; JSON values only."""
-    scores: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What masks were chosen by, with ``keep_scores=True``: weight -> tensor of its shape."""
+    scores: MaskScores | None = None
+    """What masks were chosen by, with ``keep_scores=True``: for another sparsity without another run."""
 
 
 def batches_of(
@@ -180,6 +182,7 @@ def prune(
     budget: Budget | str | Sequence[str] | Mapping[str, int],
     *,
     eval_data: Data = None,
+    adapt_batch_norm: bool = False,
     inputs: Inputs = None,
     name: str = "",
     track: Track = quiet,
@@ -192,6 +195,7 @@ def prune(
         budget: as for `plan`.
         eval_data: what is measured on: perplexity, KL and agreement of a language model; accuracy, loss and agreement
             of a classifier, where batches are (inputs, targets) or have one label for each sample; None = nothing is.
+        adapt_batch_norm: estimate the statistics of batch norms anew, on the data, after the cut.
         inputs: arguments of one forward pass (a tensor, a tuple, a mapping), for what is no Hugging Face model.
         name: the model's folder or hub id, for the report.
         track: shows progress.
@@ -204,8 +208,13 @@ def prune(
     loading = {name: options[name] for name in _LOADING if name in options and name != "samples"}
     held_out = None if eval_data is None else batches_of(model, eval_data, track=track, **loading)
     parsed = budget_of(budget)
+    if adapt_batch_norm:
+        if options.get("data") is None:
+            raise SecateurError("adapt_batch_norm needs data: give batches of what the model is made for")
+        options["data"] = batches_of(model, options["data"], track=track, **loading)
     decision = decide(model, parsed, inputs=inputs, track=track, **options)
     pruned = _repaired(apply(model, decision.plan, space=decision.space, inputs=inputs), decision)
+    adapted = estimate_anew(pruned, options["data"], track=track) if adapt_batch_norm else 0
     measured = None if held_out is None else _compared(pruned, model, held_out, track)
     origin = {
         "model": name or type(model).__name__,
@@ -216,6 +225,8 @@ def prune(
     }
     decided = Plan(decision.plan.kept, decision.plan.dropped, decision.plan.masks, origin)
     report = report_of(model, pruned, decided, decision, options, measured)
+    if adapted:
+        report["batch_norms_adapted"] = adapted
     needed = needs_data(str(options.get("method", "minitron")))
     report["data"] = {
         "calibration": _data_name(options.get("data")) if needed or options.get("data") is not None else None

@@ -3,8 +3,10 @@
 Weights that read the same tensor (query, key and value; gate and up) share one sum, which is worked out once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,12 +41,14 @@ class Gram:
 
     def add(self, x: torch.Tensor) -> None:
         """Take in rows [n, columns]; float32, or float64 where they are."""
+        exact = x.dtype == torch.bfloat16
         x = x if x.dtype == torch.float64 else x.float()
         self.rows += len(x)
         if self.matrix is None:
-            self.squares += torch.linalg.vector_norm(x, dim=0).square()
+            self.squares += x.square().sum(0)  # vector_norm(dim=0) takes ten times as long on a CPU
         else:
-            self.matrix.addmm_(x.T, x)
+            with _short_products() if exact else contextlib.nullcontext():
+                self.matrix.addmm_(x.T, x)
             self.squares = self.matrix.diagonal()
 
 
@@ -64,7 +68,12 @@ class Read:
 
 
 def grams(
-    run: Callable[[], None], weights: Sequence[Weight], parameters: Mapping[str, torch.Tensor], *, full: bool
+    run: Callable[[], None],
+    weights: Sequence[Weight],
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    full: bool,
+    last: str | None = None,
 ) -> list[list[Read]]:
     """Watch a forward pass of all calibration data.
 
@@ -73,6 +82,7 @@ def grams(
         weights: which to watch.
         parameters: their tensors, by name.
         full: X'X, or only its diagonal.
+        last: the weight at whose product a pass may end (see `Products`).
 
     Returns:
         Every part of every weight, those together that read the same.
@@ -81,7 +91,7 @@ def grams(
         SecateurError: for activations that are not finite, and for a weight that is used in ways that do not agree.
     """
     watch = _Watch({w.name: w for w in weights}, full)
-    with Products({w.name: parameters[w.name] for w in weights}, watch.see):
+    with Products({w.name: parameters[w.name] for w in weights}, watch.see, last):
         run()
     return watch.reads()
 
@@ -136,6 +146,20 @@ class _Watch:
             _check_apart(weight, seen)
             found += [[Read(weight, p, None)] for p in weight.parts() if not any(_overlap(p, s) for s in seen)]
         return found
+
+
+@contextlib.contextmanager
+def _short_products() -> Iterator[None]:
+    """Multiply numbers of bfloat16 as such, and add up in float32: the same result, several times as fast."""
+    places: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
+    for place, short in zip(places, ("bf16", "tf32"), strict=True):
+        place.fp32_precision = short
+    try:
+        yield
+    finally:
+        for place, old in zip(places, before, strict=True):
+            place.fp32_precision = old
 
 
 def _same(one: Product, other: Product) -> bool:

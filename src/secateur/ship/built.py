@@ -1,6 +1,7 @@
 """Models that are no Hugging Face models: saved as tensors, what was cut, and the name of what builds them."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,10 @@ def _through_json(constructor: str, arguments: Mapping[str, Any]) -> dict[str, A
 def _dense(constructor: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The dense model, without values if its constructor can do without."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "for .* copying from a non-meta parameter"
+            )  # weights that it loads itself
             return build(constructor, arguments)
     except SecateurError:
         return build(constructor, arguments)  # it reads values, which the meta device has not

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from secateur.choose.plan import Plan
+from secateur.choose.rescore import MaskScores
 from secateur.cut.record import was_cut
 from secateur.errors import SecateurError
 from secateur.load.built import STRUCTURE, load_built
@@ -34,6 +35,7 @@ def save(
     out: Path,
     *,
     plan: Plan | None = None,
+    scores: MaskScores | None = None,
     space: Space | None = None,
     source: Source | None = None,
     tokenizer: Any | None = None,
@@ -55,6 +57,7 @@ def save(
         model: the pruned model; dtypes are kept, tied tensors are stored once.
         out: the folder to make, with its parents. An empty one that is there already is taken.
         plan: saved beside the weights.
+        scores: what its masks were chosen by, saved beside it.
         space: the dense model's Space: the plan must fit it.
         source: of the dense model: its tokenizer and licence files are copied as they are, and its weight files
             say how large those of the result may be.
@@ -92,6 +95,8 @@ def save(
         _save_tokenizer(tokenizer, partial, source)
         if plan is not None:
             plan.save(partial)
+        if scores is not None:
+            scores.save(partial)
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         if constructor is None:

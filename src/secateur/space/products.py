@@ -50,16 +50,24 @@ class Product:
     read: Callable[[], torch.Tensor]
 
 
+class Enough(BaseException):
+    """Ends a forward pass early; no error, and for no handler of the model's own."""
+
+
 class Products(TorchDispatchMode):
     """While it is on, `see` is called with every product of an activation with one of the weights.
 
     Args:
         weights: parameters by name.
         see: called before the product is worked out.
+        last: a weight whose product is not worked out: `Enough` is raised, which the caller of the model catches.
     """
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], see: Callable[[Product], None]) -> None:
+    def __init__(
+        self, weights: Mapping[str, torch.Tensor], see: Callable[[Product], None], last: str | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.last = last
         self.weights = {_storage(weight): (name, weight) for name, weight in weights.items()}
         self.see = see
 
@@ -73,6 +81,11 @@ class Products(TorchDispatchMode):
         elif func.name().partition(".")[0] in _GROUPED:
             self._grouped(args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+    def _tell(self, product: Product) -> None:
+        self.see(product)
+        if product.weight == self.last:
+            raise Enough
 
     def _of(self, tensor: Any) -> tuple[str, torch.Tensor] | None:
         return self.weights.get(_storage(tensor)) if isinstance(tensor, torch.Tensor) else None
@@ -110,7 +123,7 @@ class Products(TorchDispatchMode):
         place = _place(found[1], view)
         if place is not None:
             columns, rows, part = place
-            self.see(Product(found[0], columns, rows, part, x, (), lambda: x.reshape(-1, x.shape[-1])))
+            self._tell(Product(found[0], columns, rows, part, x, (), lambda: x.reshape(-1, x.shape[-1])))
 
     def _convolution(self, name: str, weight: torch.Tensor, args: Any) -> None:
         x, transposed = args[0], args[6]
@@ -132,7 +145,7 @@ class Products(TorchDispatchMode):
 
             columns, rows = ((*spatial, side), (1 - side,))
             form = (kernel, tuple(map(tuple, steps)), transposed)
-            self.see(Product(name, columns, rows, tuple(part), own, form, read))
+            self._tell(Product(name, columns, rows, tuple(part), own, form, read))
 
 
 def _patches(

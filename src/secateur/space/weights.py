@@ -263,7 +263,9 @@ def matching(names: Sequence[str], pattern: str) -> list[str]:
     found = [name for name in names if _matches(name, [pattern])]
     if not found:
         around = {name.rsplit(".", k)[0] for name in names for k in range(name.count(".") + 1)}
-        raise SecateurError(f"the pattern {pattern!r} matches no weight{nearest(pattern, around)}")
+        parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
+        known = parts if "*" in pattern else around
+        raise SecateurError(f"the pattern {pattern!r} matches no weight{nearest(pattern.strip('*.'), known)}")
     return found
 
 
