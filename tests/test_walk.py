@@ -77,7 +77,7 @@ class Skips(nn.Module):
         kept = []
         for block in self.blocks:
             kept.append(x)
-            x = block(x + sum(kept))  # type: ignore[assignment]
+            x = block(x + sum(kept))
         return x
 
 
@@ -92,7 +92,7 @@ def rows(width: int) -> list[Batch]:
 
 
 def text(**more: torch.Tensor) -> list[Batch]:
-    return [{"input_ids": tokens(3, 10, seed=seed), **more} for seed in (1, 2)] + [{"input_ids": tokens(2, 7, seed=4)}]
+    return [*({"input_ids": tokens(3, 10, seed=s), **more} for s in (1, 2)), {"input_ids": tokens(2, 7, seed=4)}]
 
 
 def translation() -> list[Batch]:
@@ -167,7 +167,7 @@ def test_blocks_are_calibrated_on_what_the_changed_model_gives(name: str) -> Non
     batches = [b.double() if isinstance(b, torch.Tensor) and b.is_floating_point() else b for b in batches]
     slow = copy.deepcopy(model)
     before = [b.clone() if isinstance(b, torch.Tensor) else b for b in batches]
-    weights = maskable(model, None if hasattr(model, "config") else batches[0])
+    weights = maskable(model)
     visited: list[str] = []
     for stage in walk(model, batches, weights.chosen):
         parameters, others = dict(model.named_parameters()), dict(slow.named_parameters())

@@ -318,9 +318,9 @@ def _placed(
             name = around[weight.name]
             between.setdefault((number, name), _Stop(name, number=number)).weights.append(weight)
     for stop in blocks:
-        times = {w.name: events.uses.get(w.name, []) for w in stop.weights}
-        if times and all(len(found) == 1 for found in times.values()):  # so no choice of the data's is among them
-            stop.last = max(times, key=lambda name: times[name][0])
+        met = {w.name: events.uses.get(w.name, []) for w in stop.weights}
+        if met and all(len(found) == 1 for found in met.values()):  # so nothing that depends on the data is among them
+            stop.last = max(met, key=lambda name: met[name][0])
     for stop in between.values():
         last = max(events.uses[weight.name][-1] for weight in stop.weights)
         stop.until = next((call.path for call in chain if call.begin > last), None)

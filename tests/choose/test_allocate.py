@@ -39,7 +39,7 @@ def test_owl_is_the_formula_of_its_paper_and_exact_in_total() -> None:
     mean = overall(scaled)
     assert found == pytest.approx({n: 1 - (x - mean + 0.4) for n, x in scaled.items()})
     assert overall(found) == pytest.approx(0.6)
-    with pytest.raises(SecateurError, match="choose a smaller owl_spread than 0.3"):
+    with pytest.raises(SecateurError, match=r"choose a smaller owl_spread than 0\.3"):
         owl(WEIGHTS, 0.9, outliers, 0.3)
 
 

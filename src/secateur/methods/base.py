@@ -10,14 +10,16 @@ from secateur.choose.plan import Plan
 from secateur.choose.rescore import MaskScores
 from secateur.space import Space
 
+_UNTRACED = Space((), (), {}, (), (), (), (), (), (), ())
+
 
 @dataclass(frozen=True)
 class Decision:
     """A method's result: the plan, and how it came about."""
 
     plan: Plan
-    space: Space | None = None
-    """The Space that the plan cuts; None where it only masks."""
+    space: Space = _UNTRACED
+    """The Space that the plan cuts; an empty one where it only masks."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What the report tells beside the plan: candidates, calibration, seconds. JSON values only."""
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)

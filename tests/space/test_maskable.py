@@ -101,7 +101,7 @@ def test_rows_times_the_matrix_is_what_the_module_gives(name: str) -> None:
     made = torch.cat([p.read() @ weight.matrix(tensor, p.part).T for p in seen], 1)
     bias = getattr(module, "bias", None)
     channels_last = (
-        output.movedim(1, -1) if "conv" in name and "transformers" not in name or "transposed" in name else output
+        output.movedim(1, -1) if ("conv" in name and "transformers" not in name) or "transposed" in name else output
     )
     want = channels_last.reshape(len(made), -1) - (0 if bias is None else bias)
     torch.testing.assert_close(made, want, rtol=1e-12, atol=1e-12)
