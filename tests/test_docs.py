@@ -18,6 +18,7 @@ SMALL = {
     "eval": ["--samples", "8"],
     "inspect": [],
     "stats": [],
+    "apply": [],
 }
 OPTIONS_OF_MINITRON = ("--score-samples", "4", "--top-k", "2")
 
@@ -62,7 +63,8 @@ def test_python_block_runs(where: str, text: str, workplace: Path) -> None:
 def test_commands_run(workplace: Path) -> None:
     assert {words[1] for _, words in commands()} == set(SMALL)
     for where, words in commands():
-        small = [w for w in SMALL[words[1]] if "structural" not in words or w not in OPTIONS_OF_MINITRON]
+        minitron = "--method" not in words or "minitron" in words
+        small = [w for w in SMALL[words[1]] if minitron or w not in OPTIONS_OF_MINITRON]
         done = run([sys.executable, "-m", "secateur", *words[1:], *small], workplace)
         assert done.returncode == 0, f"{where}: {shlex.join(words)}: {done.stderr}"
 
