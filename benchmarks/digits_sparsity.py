@@ -337,7 +337,9 @@ def reported(digits: Digits, name: str, setting: Row, rows: list[Row], save: Cal
 
 def spread(values: list[float]) -> str:
     """Mean and sample standard deviation."""
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def words(setting: Row) -> str:

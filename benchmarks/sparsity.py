@@ -1,8 +1,9 @@
 """One-shot masks on the bundled model: perplexity, time and memory, beside llm-compressor in the same run.
 
 Each prune is a process of its own, from the same checkpoint and tokens, and what it saves is loaded by stock
-transformers and measured in float32. `--peer` is the python of an environment with llm-compressor (see peers/README.md);
-without it our side alone is run. Timings depend on threads: set OMP_NUM_THREADS, and keep the machine idle.
+transformers and measured in float32. `--peer` is the python of an environment with llm-compressor (see
+peers/README.md); without it our side alone is run. Timings depend on threads: set OMP_NUM_THREADS, and keep the
+machine idle.
 """
 
 import argparse

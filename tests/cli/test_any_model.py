@@ -12,7 +12,6 @@ from cli_models import save_model
 from safetensors.torch import save_file
 
 import secateur
-from secateur.cli import main
 
 NET = '''
 """A user's own network."""
@@ -70,32 +69,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     save_file(state, tmp_path / "weights.safetensors")
     yield tmp_path
     sys.modules.pop("own_net", None)
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must succeed; returns what it prints."""
-
-    def run(*words: object) -> str:
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert (code, err) == (0, "")
-        return out
-
-    return run
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must be refused; returns its one line."""
-
-    def run(*words: object) -> str:
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        return err
-
-    return run
 
 
 MODEL = ("own_net:Net", "--model-args", '{"width": 16}', "--weights", "weights.safetensors")

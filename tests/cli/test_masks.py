@@ -56,19 +56,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must succeed; returns what it prints."""
-
-    def run(*words: object) -> str:
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert (code, err) == (0, "")
-        return out
-
-    return run
-
-
 def zeros(model: Any, masks: Any) -> int:
     return sum(int((model.get_parameter(n) == 0).sum()) for n in masks)
 

@@ -14,10 +14,10 @@ def check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
         if name not in parameters:
-            raise SecateurError(f"the plan masks {name!r}, which is not a weight{nearest(name, parameters)}")
+            raise SecateurError(f"there is a mask for {name!r}, which is not a parameter{nearest(name, parameters)}")
         if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
             raise SecateurError(
-                f"the plan's mask of {name} is {mask.dtype} {list(mask.shape)}, it must be torch.bool "
+                f"the mask of {name} is {mask.dtype} {list(mask.shape)}, it must be torch.bool "
                 f"{list(parameters[name].shape)}"
             )
 

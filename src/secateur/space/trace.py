@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import SecateurError
 from secateur.load.mode import evaluating
 from secateur.space.inputs import example_inputs
+from secateur.space.products import plain_attention
 from secateur.space.provenance import Recorder, holders, tagging
 
 _TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
@@ -95,7 +96,7 @@ def export(model: nn.Module, inputs: Inputs = None, *, sources: bool = True) -> 
     silenced = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch prints graphs and tracebacks of errors that we report in a line
     try:
-        with evaluating(model), _untouched(model), _plain_attention(), warnings.catch_warnings(), torch.no_grad():
+        with evaluating(model), _untouched(model), plain_attention(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             with tagging(model) if sources else nullcontext(Recorder()) as recorder:
                 return torch.export.export(model, args, kwargs, strict=False), recorder
@@ -103,17 +104,6 @@ def export(model: nn.Module, inputs: Inputs = None, *, sources: bool = True) -> 
         raise SecateurError(_explained(model, error)) from error
     finally:
         logging.disable(silenced)
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Keep nn.MultiheadAttention and nn.TransformerEncoder from their fused kernels, which hide what they compute."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 _ADVICE = (

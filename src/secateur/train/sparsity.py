@@ -9,7 +9,8 @@ from torch import nn
 from secateur.choose.budget import Budget
 from secateur.choose.mask import Block, masks_of
 from secateur.choose.plan import Plan
-from secateur.errors import SecateurError, nearest
+from secateur.cut.masks import check_masks
+from secateur.errors import SecateurError
 from secateur.space.trace import Inputs
 from secateur.space.weights import Weight, maskable
 from secateur.train import criteria
@@ -103,17 +104,9 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _named_by(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> tuple[Weight, ...]:
-    parameters = dict(model.named_parameters())
     if not masks:
         raise SecateurError("the masks that method fixed is to hold are empty")
-    for name, mask in masks.items():
-        if name not in parameters:
-            raise SecateurError(f"there is a mask for {name!r}, which is not a parameter{nearest(name, parameters)}")
-        if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
-            raise SecateurError(
-                f"the mask of {name} is {mask.dtype} {list(mask.shape)}, it must be torch.bool "
-                f"{list(parameters[name].shape)}"
-            )
+    check_masks(model, masks)
     return tuple(Weight(name, tuple(mask.shape), (0,), (mask.dim() - 1,)) for name, mask in masks.items())
 
 
