@@ -92,6 +92,9 @@ class _Stop:
     """The block at whose start the forward pass may stop."""
 
 
+_GONE = torch.empty(0)
+
+
 class _Route:
     """What one forward pass told, and the activations that are kept."""
 
@@ -120,14 +123,16 @@ class _Route:
 
         if stop.weights:
             yield Stage(stop.name, tuple(stop.weights), once, stop.last)
-        gives = {key for key in self.needed if key[:2] == ("out", stop.number)}
+        gives = [key for key in self.needed if key[:2] == ("out", stop.number)]
         found: dict[Key, list[torch.Tensor]] = {key: [] for key in gives}
-        if gives:
-            for args, kwargs in calls():
-                leaves = pytree.tree_leaves(module(*args, **kwargs))
-                for key in gives:
-                    found[key].append(leaves[key[2]])
-        self.kept = {k: v for k, v in {**self.kept, **found}.items() if self.needed.get(k, -1) > stop.number}
+        done = [key for key in self.kept if self.needed[key] <= stop.number]
+        for index, (args, kwargs) in enumerate(calls() if gives else ()):
+            leaves = pytree.tree_leaves(module(*args, **kwargs))
+            for key in gives:
+                found[key].append(leaves[key[2]])
+            for key in done:  # at once, so that not all inputs and all outputs are there together
+                self.kept[key][index] = _GONE
+        self.kept = {**{key: kept for key, kept in self.kept.items() if key not in done}, **found}
 
     def _carried(self, stop: _Stop) -> Callable[[], Iterator[tuple[Any, Any]]]:
         def calls() -> Iterator[tuple[Any, Any]]:
@@ -148,6 +153,11 @@ class _Route:
             raise Enough
 
         self._whole(stop.name, take)
+        if len(found) != len(self.batches):
+            raise SecateurError(
+                f"{stop.name} runs on {len(found)} of {len(self.batches)} calibration batches: give batches that all "
+                "take the same way through the model"
+            )
         for place, key in enumerate(stop.keys):
             if key is not None and key in self.needed:
                 self.kept[key] = [leaves[place] for leaves, _ in found]
