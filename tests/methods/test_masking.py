@@ -123,6 +123,17 @@ def test_owl_gives_blocks_shares_by_their_outliers() -> None:
     assert sum(int((~m).sum()) for m in masks.values()) == math.ceil(0.6 * total)
 
 
+def test_shares_of_global_magnitude_go_with_any_method() -> None:
+    model = Two()
+    with torch.no_grad():
+        model.second.weight.fill_(1.0)
+    alike = plan(model, "sparsity=50%", method="magnitude", scope="global", normalize=True).masks
+    for method in METHODS:
+        masks = plan(model, "sparsity=50%", method=method, data=[rows()], allocation="magnitude").masks
+        assert {n: int(m.sum()) for n, m in masks.items()} == {n: int(m.sum()) for n, m in alike.items()}
+    assert len({float(m.float().mean()) for m in alike.values()}) == 2
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("budget", ["sparsity=0%", "sparsity=37%", "n:m=2:4", "n:m=1:8", "n:m=3:4"])
 def test_counts_are_exact(method: str, budget: str) -> None:

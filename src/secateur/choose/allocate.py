@@ -10,9 +10,9 @@ import numpy as np
 from secateur.errors import SecateurError, nearest
 from secateur.space.weights import Weight, matching
 
-NAMED = ("uniform", "owl")
+NAMED = ("uniform", "magnitude", "owl")
 Allocation = str | Mapping[str, float]
-"""``uniform``, ``owl``, shares by pattern, or a file or JSON text of them or of a sensitivity table."""
+"""``uniform``, ``magnitude``, ``owl``, shares by pattern, or a file or JSON text of them or of a sensitivity table."""
 _GRID = 100
 
 
@@ -47,7 +47,7 @@ def shares(
     weights: Sequence[Weight],
     sparsity: float,
     allocation: str | Mapping[str, Any],
-    outliers: Mapping[str, float] | None = None,
+    measured: Mapping[str, float] | None = None,
     spread: float = 0.08,
 ) -> dict[str, float]:
     """Share of each weight that goes.
@@ -56,7 +56,7 @@ def shares(
         weights: all of them.
         sparsity: of all of them together, in [0, 1).
         allocation: what `read_allocation` gave.
-        outliers: for owl: weight -> share of outliers in its block.
+        measured: for owl: weight -> share of outliers in its block; for magnitude: weight -> its share itself.
         spread: for owl: how far a share may lie from the mean.
 
     Raises:
@@ -64,10 +64,10 @@ def shares(
     """
     if allocation == "uniform":
         return {w.name: sparsity for w in weights}
-    if allocation == "owl":
-        if outliers is None:
-            raise ValueError("owl needs the outliers of each weight")
-        return owl(weights, sparsity, outliers, spread)
+    if isinstance(allocation, str) and allocation in NAMED:
+        if measured is None:
+            raise ValueError(f"{allocation} needs what was measured of each weight")
+        return owl(weights, sparsity, measured, spread) if allocation == "owl" else dict(measured)
     if isinstance(allocation, str):
         raise SecateurError(f"there is no allocation {allocation!r}{nearest(allocation, NAMED)}")
     if "losses" in allocation:

@@ -53,8 +53,8 @@ def alps(
         rho: penalty of ADMM at the start; it grows until the support settles.
         iterations: of ADMM at most.
         refine: steps of conjugate gradients on the support.
-        allocation: how much of each weight goes: uniform, owl, a .json file or JSON text of {pattern: share}, or a
-            sensitivity table.
+        allocation: how much of each weight goes: uniform; magnitude, as global magnitude shares it out; owl; a .json
+            file or JSON text of {pattern: share}, or a sensitivity table.
         owl_times: for owl, times the mean of a block from which a score is an outlier.
         owl_spread: for owl, how far a block's share may lie from the mean.
         block: rows and columns of tiles that go whole.

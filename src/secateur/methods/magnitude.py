@@ -9,7 +9,7 @@ from secateur.choose.budget import Budget
 from secateur.errors import SecateurError
 from secateur.load.batches import Batch
 from secateur.methods.base import Decision
-from secateur.methods.masking import Which, from_weights, task
+from secateur.methods.masking import Which, from_weights, relative_size, task
 from secateur.progress import Track, quiet
 from secateur.space.trace import Inputs
 
@@ -40,8 +40,8 @@ def magnitude(
         inputs: arguments of one forward pass, to find weights that no known module owns, and routers.
         scope: what competes: tensor, each weight by itself (local); row, each output of it; global, all together.
         normalize: with scope global, divide each weight by its norm first, as NNCF does.
-        allocation: how much of each weight goes: uniform, owl, a .json file or JSON text of {pattern: share}, or a
-            sensitivity table.
+        allocation: how much of each weight goes: uniform; magnitude, as global magnitude shares it out; owl; a .json
+            file or JSON text of {pattern: share}, or a sensitivity table.
         owl_times: for owl, times the mean of a block from which a score is an outlier.
         owl_spread: for owl, how far a block's share may lie from the mean.
         block: rows and columns of tiles that go whole; a tile is worth the sum of its elements.
@@ -58,8 +58,6 @@ def magnitude(
     which = Which(only, ignore, block, allocation, owl_times, owl_spread, inputs)
 
     def score(weight: torch.Tensor) -> torch.Tensor:
-        size = weight.abs().float()
-        norm = torch.linalg.vector_norm(size)
-        return size / norm if normalize and float(norm) > 0 else size
+        return relative_size(weight) if normalize else weight.abs().float()
 
     return from_weights(model, task(model, budget, data, which, scope, track), score, keep=keep_scores)

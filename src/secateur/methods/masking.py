@@ -94,7 +94,11 @@ def task(model: nn.Module, budget: Budget, data: Sequence[Batch], which: Which, 
         if not bool(torch.isfinite(parameters[weight.name]).all()):
             raise SecateurError(f"{weight.name} holds NaN or infinite values: mend the checkpoint, or ignore it")
     layout.check(weights)
-    found = _outliers(model, data, weights.chosen, which.owl_times, track) if allocation == "owl" else None
+    found = None
+    if allocation == "owl":
+        found = _outliers(model, data, weights.chosen, which.owl_times, track)
+    elif allocation == "magnitude":
+        found = _by_magnitude(parameters, weights.chosen, sparsity)
     return Task(weights, layout, sparsity, shares(weights.chosen, sparsity, allocation, found, which.owl_spread))
 
 
@@ -213,6 +217,22 @@ def _outliers(
     with evaluating(model), torch.no_grad(), plain_attention():
         reads = grams(forward, weights, parameters, full=False)
     return outliers(reads, parameters, blocks_of(model, [w.name for w in weights]), times)
+
+
+def _by_magnitude(
+    parameters: Mapping[str, torch.Tensor], weights: Sequence[Weight], sparsity: float
+) -> dict[str, float]:
+    """What global magnitude, each weight divided by its norm, would take from each: layers differ in what they need."""
+    scores = {w.name: relative_size(parameters[w.name].detach()) for w in weights}
+    masks = masks_of(weights, scores, sparsity, Layout("global"))
+    return {name: int((~mask).sum()) / mask.numel() for name, mask in masks.items()}
+
+
+def relative_size(weight: torch.Tensor) -> torch.Tensor:
+    """|w| by the norm of its tensor, as NNCF compares weights of different tensors; |w| where all are zero."""
+    size = weight.abs().float()
+    norm = torch.linalg.vector_norm(size)
+    return size / norm if float(norm) > 0 else size
 
 
 def _inputs_of(batch: Batch) -> Inputs:

@@ -48,8 +48,8 @@ def sparsegpt(
         scope: what competes within the columns whose masks are chosen together: tensor, all; row, each output.
         damping: share of the mean of the diagonal of X'X that is added to it.
         columns_at_once: how many columns' masks are chosen together.
-        allocation: how much of each weight goes: uniform, owl, a .json file or JSON text of {pattern: share}, or a
-            sensitivity table.
+        allocation: how much of each weight goes: uniform; magnitude, as global magnitude shares it out; owl; a .json
+            file or JSON text of {pattern: share}, or a sensitivity table.
         owl_times: for owl, times the mean of a block from which a score is an outlier.
         owl_spread: for owl, how far a block's share may lie from the mean.
         block: rows and columns of tiles that go whole.

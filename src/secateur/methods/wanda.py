@@ -43,8 +43,8 @@ def wanda(
         data: calibration batches.
         inputs: arguments of one forward pass, to find weights that no known module owns; the first batch by default.
         scope: what competes: row, each output; tensor, each weight as a whole.
-        allocation: how much of each weight goes: uniform, owl, a .json file or JSON text of {pattern: share}, or a
-            sensitivity table.
+        allocation: how much of each weight goes: uniform; magnitude, as global magnitude shares it out; owl; a .json
+            file or JSON text of {pattern: share}, or a sensitivity table.
         owl_times: for owl, times the mean of a block from which a score is an outlier.
         owl_spread: for owl, how far a block's share may lie from the mean.
         block: rows and columns of tiles that go whole.
