@@ -19,6 +19,7 @@ SMALL = {
     "inspect": [],
     "stats": [],
     "apply": [],
+    "run": [],
 }
 OPTIONS_OF_MINITRON = ("--score-samples", "4", "--top-k", "2")
 

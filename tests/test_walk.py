@@ -10,7 +10,16 @@ from mixtures import mixture
 from tiny import VOCAB, tiny, tokens
 from torch import nn
 from torch.nn import functional
-from transformers import AlbertConfig, AlbertForMaskedLM, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from secateur.errors import SecateurError
 from secateur.load.batches import Batch, run
@@ -66,6 +75,32 @@ class Plain(nn.Module):
         return self.last(torch.tanh(self.twice(torch.tanh(self.twice(x)))))  # type: ignore[no-any-return]
 
 
+class Between(nn.Module):
+    """What runs between the blocks changes their results, and a mask, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = functional.relu_(block(x))
+            x += 1
+        return x
+
+
+class Shares(nn.Module):
+    """Weights that read the same at times, and at others not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 3), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = 2 * x + 1
+        return self.a(x) + self.c(x) + self.a(y) + self.b(y)  # type: ignore[no-any-return]
+
+
 class Skips(nn.Module):
     """A list whose members get sums, and what came long before."""
 
@@ -116,6 +151,12 @@ def albert() -> nn.Module:
     return AlbertForMaskedLM(AlbertConfig(vocab_size=VOCAB, embedding_size=12, **SIZES))  # type: ignore[no-any-return]
 
 
+def deberta() -> nn.Module:
+    more = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True, "position_buckets": 8}
+    config = DebertaV2Config(vocab_size=VOCAB, max_relative_positions=16, **SIZES, **more)
+    return DebertaV2Model(config)  # type: ignore[no-any-return]
+
+
 def t5() -> nn.Module:
     sizes = {"d_model": 24, "d_kv": 8, "d_ff": 30, "num_layers": 2, "num_heads": 3}
     return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes))  # type: ignore[no-any-return]
@@ -123,6 +164,9 @@ def t5() -> nn.Module:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Batch]]]] = {
     "llama": (lambda: tiny("llama"), text),
+    "llama, a mask in some batches": (lambda: tiny("llama"), lambda: [*text(), *padded(), *text()]),
+    "gpt2, a mask in some batches": (lambda: tiny("gpt2"), lambda: [*text(), *padded()]),
+    "deberta: keys and queries share": (deberta, padded),
     "llama padded": (lambda: tiny("llama"), padded),
     "gemma2: two kinds of masks": (lambda: tiny("gemma2"), text),
     "gpt2": (lambda: tiny("gpt2"), text),
@@ -139,6 +183,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Batch]]]] = {
         lambda: rows(5),
     ),
     "plain": (Plain, lambda: rows(5)),
+    "in place between blocks": (Between, lambda: rows(6)),
+    "shared inputs at times": (Shares, lambda: rows(6)),
     "skips": (Skips, lambda: rows(6)),
 }
 
@@ -152,6 +198,27 @@ def collected(model: nn.Module, batches: list[Batch], weights: tuple[Weight, ...
 
     with evaluating(model), torch.no_grad(), plain_attention():
         return flat(grams(forward, weights, dict(model.named_parameters()), full=True))
+
+
+def hooked(model: nn.Module, batches: list[Batch], weights: tuple[Weight, ...]) -> dict[str, torch.Tensor]:
+    """X'X of linear layers, by hooks on the modules: nothing of ours is in the way."""
+    found: dict[str, torch.Tensor] = {}
+    handles = []
+    for weight in weights:
+        module = model.get_submodule(weight.name.rpartition(".")[0])
+        if isinstance(module, nn.Linear):
+
+            def see(_: nn.Module, args: tuple[torch.Tensor, ...], *, name: str = weight.name) -> None:
+                x = args[0].reshape(-1, args[0].shape[-1])
+                found[name] = found.get(name, torch.zeros(())) + x.T @ x
+
+            handles.append(module.register_forward_pre_hook(see))
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            run(model, batch)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def flat(groups: list[Any]) -> Found:
@@ -177,6 +244,10 @@ def test_blocks_are_calibrated_on_what_the_changed_model_gives(name: str) -> Non
         for key, gram in want.items():
             assert gram.rows == fast[key].rows
             torch.testing.assert_close(fast[key].full(), gram.full(), rtol=close, atol=close)
+        alone = hooked(slow, [b.clone() if isinstance(b, torch.Tensor) else b for b in before], stage.weights)
+        for weight_name, matrix in alone.items():
+            ours = [gram.full() for (of, _), gram in fast.items() if of == weight_name]
+            torch.testing.assert_close(ours[0] if ours else 0 * matrix, matrix, rtol=close, atol=close)
         visited += [w.name for w in stage.weights]
         for weight in stage.weights:  # a change that later blocks feel
             for tensors in (parameters, others):
@@ -204,7 +275,7 @@ def calls(model: nn.Module, path: str, batches: list[Batch]) -> int:
 def test_a_block_of_a_language_model_runs_twice_for_each_batch_and_the_last_once() -> None:
     model, batches = tiny("llama"), text()
     last = len(model.model.layers) - 1
-    probe = 1
+    probe = 2  # one for each kind of batch: they have two lengths
     assert calls(model, "model.layers.0", batches) == 2 * len(batches) + probe
     assert calls(model, f"model.layers.{last}", batches) == len(batches) + probe
     assert calls(model, "lm_head", batches) == probe
@@ -233,3 +304,41 @@ def test_modes_come_back_and_data_must_be_there() -> None:
     assert not model.late[0].training
     with pytest.raises(SecateurError, match="no calibration batch"):
         next(iter(walk(model, [], maskable(model).chosen)))
+
+
+def test_a_call_without_rows_counts_for_nothing() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.some, self.none = nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.some(x), self.none(x[:0])])
+
+    model = Empty()
+    groups = [
+        group
+        for stage in walk(model, rows(5), maskable(model).chosen)
+        for group in grams(stage.run, stage.weights, dict(model.named_parameters()), full=True, last=stage.last)
+    ]
+    assert {read.weight.name: read.gram is None for group in groups for read in group} == {
+        "some.weight": False,
+        "none.weight": True,
+    }
+
+
+def test_batches_that_take_other_ways_are_refused_with_a_reason() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late = (nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)]) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.early if len(x) == 6 else self.late:
+                x = layer(x)
+            return x
+
+    model = Either()
+    with pytest.raises(SecateurError, match=r"early\.0 runs on 2 of 3 calibration batches"):
+        for stage in walk(model, rows(5), maskable(model).chosen):
+            stage.run()

@@ -63,10 +63,21 @@ def walk(
     """
     if not batches:
         raise SecateurError("there is no calibration batch: give data")
-    with evaluating(model), torch.no_grad(), plain_attention():
+    with torch.inference_mode(mode=False), evaluating(model), torch.no_grad(), plain_attention():
         route = _Route(model, batches, weights)
         for stop in track(route.stops, "pruning, block by block"):
             yield from route.visit(stop)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a block is called for batches of one kind."""
+
+    keys: tuple[Key | None, ...]
+    """Where each argument comes from; None for what is no tensor."""
+    leaves: tuple[Any, ...]
+    """What is no tensor."""
+    spec: Any
 
 
 @dataclass
@@ -78,10 +89,9 @@ class _Stop:
     number: int = 0
     """Place among the blocks; of weights outside of blocks, that of the block before which they are used."""
     is_block: bool = False
-    keys: list[Key | None] = field(default_factory=list)
-    """Where each argument comes from; None for what is no tensor."""
-    leaves: list[Any] = field(default_factory=list)
-    spec: Any = None
+    ways: list["_Way"] = field(default_factory=list)
+    """How it is called, for each kind of batch."""
+    call: "_Call | None" = None
     fresh: bool = False
     """Some argument is known only from a forward pass of the model."""
     writes: bool = False
@@ -101,11 +111,21 @@ class _Route:
     def __init__(self, model: nn.Module, batches: Sequence[Batch], weights: Sequence[Weight]) -> None:
         self.model, self.batches = model, batches
         self.kept: dict[Key, list[torch.Tensor]] = {}
-        events = _record(model, batches[0], weights)
-        same = len({tuple(x.shape for x in pytree.tree_leaves(b) if isinstance(x, torch.Tensor)) for b in batches}) == 1
-        self.stops = _stops(model, events, weights, same_shapes=same)
+        kinds = [_kind(model, batch) for batch in batches]
+        first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
+        self.way = [sorted(first.values()).index(first[kind]) for kind in kinds]
+        """Kind of each batch."""
+        blocks: list[_Stop] = []
+        for index in sorted(first.values()):
+            events = _record(model, batches[index], weights)
+            found = _blocks(_chains(model, events))
+            if index == 0:
+                blocks = found
+                self.stops = _placed(blocks, events, weights, blocks_of(model, [w.name for w in weights]))
+            _join(blocks, found)
         blocks = [stop for stop in self.stops if stop.is_block]
-        self.needed = {key: stop.number for stop in blocks if not stop.fresh for key in stop.keys if key is not None}
+        ways = [(stop.number, way) for stop in blocks if not stop.fresh for way in stop.ways]
+        self.needed = {key: number for number, way in ways for key in way.keys if key is not None}
         """Tensor -> the last block that takes it from what is kept."""
 
     def visit(self, stop: _Stop) -> Iterator[Stage]:
@@ -128,8 +148,8 @@ class _Route:
         done = [key for key in self.kept if self.needed[key] <= stop.number]
         for index, (args, kwargs) in enumerate(calls() if gives else ()):
             leaves = pytree.tree_leaves(module(*args, **kwargs))
-            for key in gives:
-                found[key].append(leaves[key[2]])
+            for key in gives:  # where batches differ in kind, not all give all
+                found[key].append(leaves[key[2]] if key[2] < len(leaves) else _GONE)
             for key in done:  # at once, so that not all inputs and all outputs are there together
                 self.kept[key][index] = _GONE
         self.kept = {**{key: kept for key, kept in self.kept.items() if key not in done}, **found}
@@ -137,11 +157,12 @@ class _Route:
     def _carried(self, stop: _Stop) -> Callable[[], Iterator[tuple[Any, Any]]]:
         def calls() -> Iterator[tuple[Any, Any]]:
             for index in range(len(self.batches)):
+                way = stop.ways[self.way[index]]
                 leaves = [
                     leaf if key is None else self.kept[key][index]
-                    for key, leaf in zip(stop.keys, stop.leaves, strict=True)
+                    for key, leaf in zip(way.keys, way.leaves, strict=True)
                 ]
-                yield _call(stop, leaves, stop.spec)
+                yield _call(stop, leaves, way.spec)
 
         return calls
 
@@ -158,9 +179,11 @@ class _Route:
                 f"{stop.name} runs on {len(found)} of {len(self.batches)} calibration batches: give batches that all "
                 "take the same way through the model"
             )
-        for place, key in enumerate(stop.keys):
-            if key is not None and key in self.needed:
-                self.kept[key] = [leaves[place] for leaves, _ in found]
+        for index, (leaves, _) in enumerate(found):
+            way = stop.ways[self.way[index]] if stop.ways else None
+            for key, leaf in zip(way.keys, leaves, strict=True) if way is not None else ():
+                if key is not None and key in self.needed:
+                    self.kept.setdefault(key, [_GONE] * len(found))[index] = leaf
         return lambda: (_call(stop, leaves, spec) for leaves, spec in found)
 
     def _whole(self, until: str | None, hook: Any = None) -> None:
@@ -172,7 +195,7 @@ class _Route:
         handle = None
         if until is not None:
             module = self.model.get_submodule(until)
-            handle = module.register_forward_pre_hook(hook or stop, with_kwargs=hook is not None)
+            handle = module.register_forward_pre_hook(hook or stop, with_kwargs=hook is not None, prepend=True)
         try:
             for batch in self.batches:
                 with contextlib.suppress(Enough):
@@ -203,6 +226,7 @@ class _Call:
     versions: list[int | None]
     end: int = 0
     result: list[Any] = field(default_factory=list)
+    result_versions: list[int | None] = field(default_factory=list)
     writes: bool = False
 
 
@@ -231,10 +255,12 @@ def _record(model: nn.Module, batch: Batch, weights: Sequence[Weight]) -> _Event
         def after(_: nn.Module, __: Any, output: Any, *, path: str = path) -> None:
             call = open_calls[path].pop()
             call.result, call.end = pytree.tree_leaves(output), next(clock)
+            call.result_versions = [_version(x) for x in call.result]
             call.writes = call.versions != [_version(x) for x in call.leaves]
 
         module = model.get_submodule(path)
-        handles += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+        handles += [module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)]
+        handles += [module.register_forward_hook(after)]
 
     def see(product: Any) -> None:
         uses.setdefault(product.weight, []).append(next(clock))
@@ -243,6 +269,9 @@ def _record(model: nn.Module, batch: Batch, weights: Sequence[Weight]) -> _Event
     try:
         with Products({w.name: parameters[w.name] for w in weights}, see):
             run(model, batch)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # the user's model on the user's data
+        text = " ".join(str(error).split())
+        raise SecateurError(f"{type(model).__name__} does not run on the calibration data: {text[:300]}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -250,7 +279,7 @@ def _record(model: nn.Module, batch: Batch, weights: Sequence[Weight]) -> _Event
 
 
 def _version(x: Any) -> int | None:
-    return x._version if isinstance(x, torch.Tensor) else None
+    return x._version if isinstance(x, torch.Tensor) and not x.is_inference() else None
 
 
 def _lists(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
@@ -285,34 +314,60 @@ def _hands_on(a: _Call, b: _Call) -> bool:
     return a.end < b.begin and any(id(x) in given for x in b.leaves)
 
 
-def _stops(model: nn.Module, events: _Events, weights: Sequence[Weight], *, same_shapes: bool) -> list[_Stop]:
-    chain = _chains(model, events)
-    known: dict[int, Key] = {}
+def _blocks(chain: Sequence[_Call]) -> list[_Stop]:
+    """The blocks of a chain, and where the arguments of each come from."""
+    known: dict[tuple[int, int | None], Key] = {}
     blocks: list[_Stop] = []
     for number, call in enumerate(chain):
-        stop = _Stop(call.path, number=number, is_block=True, spec=call.spec, writes=call.writes)
+        stop = _Stop(call.path, number=number, is_block=True, call=call, writes=call.writes)
+        keys: list[Key | None] = []
         for place, leaf in enumerate(call.leaves):
             if isinstance(leaf, torch.Tensor):
-                stop.fresh = stop.fresh or id(leaf) not in known
-                stop.keys.append(known.setdefault(id(leaf), ("in", number, place)))
+                state = id(leaf), call.versions[place]  # what was changed in place since is another tensor now
+                stop.fresh = stop.fresh or state not in known
+                keys.append(known.setdefault(state, ("in", number, place)))
             else:
-                plain = leaf is None or isinstance(leaf, bool | str | torch.dtype | torch.device)
-                stop.fresh = stop.fresh or not (plain or (same_shapes and isinstance(leaf, int | float)))
-                stop.keys.append(None)
-        if call.writes:  # what it was given is another tensor now
-            known = {i: key for i, key in known.items() if i not in {id(x) for x in call.leaves}}
+                plain = leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype | torch.device)
+                stop.fresh = stop.fresh or not plain
+                keys.append(None)
         for place, leaf in enumerate(call.result):
             if isinstance(leaf, torch.Tensor):
-                known[id(leaf)] = ("out", number, place)
-        stop.leaves = [None if key is not None else leaf for key, leaf in zip(stop.keys, call.leaves, strict=True)]
+                known[id(leaf), call.result_versions[place]] = ("out", number, place)
+        leaves = tuple(None if key is not None else leaf for key, leaf in zip(keys, call.leaves, strict=True))
+        stop.ways = [_Way(tuple(keys), leaves, call.spec)]
         blocks.append(stop)
-    return _placed(blocks, chain, events, weights, blocks_of(model, [w.name for w in weights]))
+    return blocks
 
 
-def _placed(
-    blocks: list[_Stop], chain: Sequence[_Call], events: _Events, weights: Sequence[Weight], around: Mapping[str, str]
-) -> list[_Stop]:
+def _join(blocks: list[_Stop], others: list[_Stop]) -> None:
+    """Take in how another kind of batch runs the blocks; where it runs others, nothing is carried."""
+    if blocks is others:
+        return
+    same = [stop.name for stop in blocks] == [stop.name for stop in others]
+    for place, stop in enumerate(blocks):
+        if same:
+            stop.ways += others[place].ways
+            stop.fresh, stop.writes = stop.fresh or others[place].fresh, stop.writes or others[place].writes
+        else:
+            stop.fresh, stop.ways = True, []
+
+
+def _kind(model: nn.Module, batch: Batch) -> tuple[Any, ...]:
+    """What decides how a model is run: shapes, and masks and positions, of which a model may make None."""
+    main = getattr(model, "main_input_name", None)
+    named = dict(batch) if isinstance(batch, Mapping) else {"": batch}
+    found: list[Any] = []
+    for name, value in named.items():
+        for x in pytree.tree_leaves(value):
+            if isinstance(x, torch.Tensor) and name != "labels":
+                counts = isinstance(batch, Mapping) and name != main and not x.is_floating_point()
+                found.append((name, tuple(x.shape), x.cpu().numpy().tobytes() if counts else None))
+    return tuple(found)
+
+
+def _placed(blocks: list[_Stop], events: _Events, weights: Sequence[Weight], around: Mapping[str, str]) -> list[_Stop]:
     """The blocks with their weights, and between them stops for the weights outside."""
+    spans = [(stop.name, stop.call.begin, stop.call.end) for stop in blocks if stop.call is not None]
     between: dict[tuple[int, str], _Stop] = {}
     unreached = _Stop("weights that no calibration data reaches", number=len(blocks) + 1)
     for weight in sorted(weights, key=lambda w: events.uses.get(w.name, [0])[0]):
@@ -321,10 +376,10 @@ def _placed(
         first, last = times[0], times[-1]
         if first < 0:
             (inside or unreached).weights.append(weight)
-        elif inside is not None and chain[inside.number].begin < first <= last < chain[inside.number].end:
+        elif inside is not None and spans[inside.number][1] < first <= last < spans[inside.number][2]:
             inside.weights.append(weight)
         else:
-            number = sum(call.end < first for call in chain)
+            number = sum(end < first for _, _, end in spans)
             name = around[weight.name]
             between.setdefault((number, name), _Stop(name, number=number)).weights.append(weight)
     for stop in blocks:
@@ -333,7 +388,9 @@ def _placed(
             stop.last = max(met, key=lambda name: met[name][0])
     for stop in between.values():
         last = max(events.uses[weight.name][-1] for weight in stop.weights)
-        stop.until = next((call.path for call in chain if call.begin > last), None)
+        stop.until = next((path for path, begin, _ in spans if begin > last), None)
+    for stop in blocks:
+        stop.call = None  # it holds activations
     ordered = sorted([*between.values(), *blocks, unreached], key=lambda stop: (stop.number, stop.is_block))
     ends = [place for place, stop in enumerate(ordered) if stop.weights]
     return ordered[: ends[-1] + 1] if ends else []

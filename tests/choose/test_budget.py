@@ -85,7 +85,7 @@ def test_nothing_is_no_limit() -> None:
         ("params=0", "above 0"),
         ("params=0%", "above 0"),
         ("params=120%", "at most 100%"),
-        ("sparsity=1.5", "at most 100%"),
+        ("sparsity=1.5", r"must be in \[0, 1\)"),
         ("params=8GiB", "unknown unit 'GiB'; known for params: .*no unit"),
         ("memory=8", "unknown unit ''; known for memory: %, b, .*gib"),
         ("latency=12", "unknown unit ''; known for latency: %, s, ms, us"),

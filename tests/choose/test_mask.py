@@ -27,6 +27,14 @@ def test_the_total_of_zeros_is_exact(sizes: list[int], per_mille: int) -> None:
     assert all(abs(c - s * per_mille / 1000) <= 1 for c, s in zip(counts, sizes, strict=True))
 
 
+def test_counts_stay_exact_where_there_are_billions() -> None:
+    assert sum(zeros_of([8192] * 28672, 0.7)) == -(-8192 * 28672 * 7 // 10)
+    assert sum(zeros_of([128256 * 16384, 3], 1 / 3)) == (128256 * 16384 + 3) // 3
+    assert sum(zeros_of([100] * 10**5, 0.333)) == 3_330_000
+    thirds = [0.25, 1 / 3, 5 / 12]  # shares that were worked out, about a mean of a third
+    assert sum(zeros_of([12 * 10**6] * 3, thirds)) == 12 * 10**6
+
+
 @given(
     scores=st.lists(st.lists(st.integers(-3, 3), min_size=7, max_size=7), min_size=1, max_size=4),
     zeros=st.integers(0, 7),

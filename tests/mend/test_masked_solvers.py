@@ -233,3 +233,10 @@ def test_a_matrix_without_an_inverse_is_damped_more_and_that_is_told() -> None:
     gram[0, 1] = gram[1, 0] = 1e12
     with pytest.raises(SecateurError, match="has no inverse, however much it is damped"):
         damped_inverse(gram, 0.01)
+
+
+def test_alps_stays_finite_on_few_samples_with_hardly_any_damping() -> None:
+    W, gram = problem(8, 64, samples=8)
+    W, gram = W.float(), gram.float()
+    (_,), (new,), _ = alps([W], gram, [256], Layout(), damping=1e-9, refine=100)
+    assert bool(torch.isfinite(new).all())

@@ -338,6 +338,38 @@ def test_files_of_scores_that_are_none(tmp_path: Path) -> None:
         MaskScores.load(tmp_path)
 
 
+def test_what_a_user_hooks_on_is_run_once() -> None:
+    batches = [tokens(2, 9), tokens(2, 9, seed=8)]
+    masks = []
+    for hooked in (False, True):
+        model = tiny("llama", dtype=torch.float32)
+        if hooked:
+            for layer in model.model.layers:
+                layer.register_forward_pre_hook(lambda _, args: (args[0] * 1.0, *args[1:]))
+        masks.append(plan(model, "sparsity=50%", method="wanda", data=batches).masks)
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+
+
+def test_batches_may_say_use_cache_and_come_under_inference_mode() -> None:
+    model = tiny("llama", dtype=torch.float32)
+    ids = tokens(2, 9)
+    plain = plan(model, "sparsity=50%", method="sparsegpt", data=[ids])
+    with torch.inference_mode():
+        other = plan(model, "sparsity=50%", method="sparsegpt", data=[{"input_ids": ids.clone(), "use_cache": False}])
+    assert all(torch.equal(mask, other.masks[name]) for name, mask in plain.masks.items())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_order_of_batches_with_and_without_padding_changes_nothing(order: int) -> None:
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[0, 5:] = 0
+    batches = [{"input_ids": tokens(2, 9), "attention_mask": m} for m in (torch.ones_like(mask), mask)]
+    model = tiny("llama", dtype=torch.float64, num_hidden_layers=3)
+    found = plan(model, "sparsity=50%", method="wanda", data=batches[::order])
+    other = plan(model, "sparsity=50%", method="wanda", data=batches)
+    assert all(torch.equal(m, other.masks[n]) for n, m in found.masks.items())
+
+
 BAD: list[tuple[str, str, dict[str, Any], str]] = [
     ("magnitude", "params=50%", {}, "a budget of params is not served by masks"),
     ("magnitude", "sparsity=50% , memory=50%", {}, "a budget of memory is not served by masks"),
@@ -356,9 +388,15 @@ BAD: list[tuple[str, str, dict[str, Any], str]] = [
     ("magnitude", "sparsity=50%", {"block": (3, 1)}, "blocks of 3x1 do not fit first.weight, a matrix of 8x6"),
     ("wanda", "sparsity=50%", {"owl_times": 3.0}, "owl_times and owl_spread go with allocation owl"),
     ("sparsegpt", "sparsity=50%", {"damping": 0.0}, "damping 0.0 must be above 0"),
-    ("alps", "sparsity=50%", {"rho": -1.0}, "rho -1.0 .* must be above 0"),
+    ("alps", "sparsity=50%", {"rho": -1.0}, "rho -1.0 must be above 0"),
     ("magnitude", "sparsity=50%", {"ignore": ["third"]}, "the pattern 'third' matches no weight"),
     ("magnitude", "sparsity=50%", {"only": ["first"], "ignore": ["first"]}, "has no weight to mask"),
+    ("wanda", "sparsity=50%", {"allocation": "owl", "owl_spread": -0.1}, "owl_spread -0.1 must be above 0"),
+    ("magnitude", "n:m=2:4", {"scope": "global", "only": ["second"]}, "n:m lets the elements of a group compete"),
+    ("magnitude", "sparsity=50%", {"allocation": '{"losses": 3}'}, "losses must be {pattern"),
+    ("alps", "sparsity=50%", {"refine": -1}, "refine -1 at least 0"),
+    ("alps", "sparsity=50%", {"rho": float("inf")}, "rho inf must be above 0 and finite"),
+    ("wanda", "sparsity=50%", {"data": [torch.randn(3, 5)]}, "Two does not run on the inputs"),
     ("magnitude", "sparsity=50%", {"iterations": 3}, "magnitude has no option 'iterations'"),
 ]
 

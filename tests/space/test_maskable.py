@@ -219,3 +219,72 @@ def test_blocks() -> None:
     names = [w.name for w in maskable(tiny("llama"))]
     assert set(blocks_of(tiny("llama"), names).values()) == {"model.layers.0", "model.layers.1"}
     assert blocks_of(nn.Linear(2, 2), ["weight"]) == {"weight": "weight"}
+
+
+class Routed(nn.Module):
+    """Experts that are linear layers, behind a linear router whose largest results choose."""
+
+    def __init__(self, choose: str) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 3), nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+        self.choose = choose
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        odds = self.gate(x).softmax(-1)
+        if self.choose == "topk":
+            index = odds.topk(1).indices[:, 0]
+        elif self.choose == "argmax":
+            index = odds.argmax(-1)
+        elif self.choose == "max":
+            index = odds.max(-1).indices
+        else:
+            index = odds.sort(-1, descending=True).indices[:, 0]
+        rows = [self.experts[i](x[index == i]) for i in range(3)]
+        return torch.cat(rows)
+
+
+@pytest.mark.parametrize("choose", ["topk", "argmax", "max", "sort"])
+def test_linear_routers_are_known_by_what_is_done_with_their_results(choose: str) -> None:
+    weights = maskable(Routed(choose), torch.randn(8, 6))
+    assert weights.left == {"gate.weight": "a router"}
+    assert len(weights) == 3
+    assert [w.name for w in maskable(Routed(choose), torch.randn(8, 6), only=["gate"])] == ["gate.weight"]
+
+
+class Cast(nn.Module):
+    """A weight that is multiplied in another type than its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(4, 6, dtype=torch.bfloat16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.own.float())
+
+
+def test_a_weight_in_another_type_is_still_that_weight() -> None:
+    model, x = Cast(), torch.randn(5, 6)
+    assert [w.name for w in maskable(model, x)] == ["own"]
+    (product,), _ = products(model, x)
+    assert torch.equal(product.read(), x)
+
+
+def test_parameters_that_share_one_storage_are_told_apart() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False)), torch.randn(3, 4)
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+    seen, _ = products(model, x)
+    assert [p.weight for p in seen] == ["0.weight", "1.weight"]
+
+
+def test_what_is_no_weight_by_its_name_is_none() -> None:
+    model = nn.utils.weight_norm(nn.Conv1d(4, 6, 3))
+    with pytest.raises(SecateurError, match="has no weight to mask"):
+        maskable(model)
+
+
+def test_one_pattern_may_be_a_text_and_name_what_is_left_alone_anyway() -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    assert len(maskable(model, ignore="lm_head")) == 14
+    assert [w.name for w in maskable(model, only="lm_head")] == ["model.embed_tokens.weight"]
+    with pytest.raises(SecateurError, match="does not run on the inputs"):
+        maskable(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 5))

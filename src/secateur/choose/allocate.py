@@ -40,6 +40,8 @@ def read_allocation(allocation: Allocation) -> str | dict[str, Any]:
         raise SecateurError(f"allocation {allocation[:80]!r} is not JSON: {error}") from error
     if not isinstance(found, dict) or not found:
         raise SecateurError(f"allocation {allocation[:80]!r} is no JSON object of pattern: share")
+    if "losses" in found and not isinstance(found["losses"], dict):
+        raise SecateurError(f"allocation {allocation[:80]!r}: losses must be {{pattern: {{share: loss}}}}")
     return found
 
 

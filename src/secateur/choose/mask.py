@@ -4,9 +4,11 @@ Wherever scores are equal, the elements that come first stay. Counts are shared 
 the sum over all rows or tensors is exact: never fewer zeros than asked for, and never one more.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
@@ -17,6 +19,8 @@ NM = tuple[int, int]
 """N of every M in a row stay."""
 Block = tuple[int, int]
 """Rows and columns of a tile that stays or goes whole."""
+_SLACK = Fraction(1, 10_000)
+"""Of an element, by which shares that were worked out may be off."""
 SCOPES = ("global", "tensor", "row")
 
 
@@ -28,10 +32,10 @@ def zeros_of(sizes: Sequence[int], sparsity: Sequence[float] | float) -> list[in
         sparsity: share of each that goes, in [0, 1]; one for all, or one for each.
     """
     ratios = [sparsity] * len(sizes) if isinstance(sparsity, int | float) else list(sparsity)
-    wanted, done, counts = 0.0, 0, []
+    wanted, done, counts = Fraction(0), 0, []
     for size, ratio in zip(sizes, ratios, strict=True):
-        wanted += size * ratio
-        count = min(size, math.ceil(wanted - 1e-6) - done)  # 1e-6: products such as .7 * 10 land just above
+        wanted += size * Fraction(str(float(ratio)))  # .7 is seven tenths, and adds up as such
+        count = min(size, math.ceil(wanted - _SLACK) - done)
         counts.append(count)
         done += count
     return counts
@@ -117,6 +121,8 @@ class Layout:
             raise SecateurError(f"there is no scope {self.scope!r}{nearest(self.scope, SCOPES)}")
         if min(self.block) < 1:
             raise SecateurError(f"block {self.block[0]}x{self.block[1]}: a tile has at least one row and one column")
+        if self.scope == "global" and self.n_m is not None:
+            raise SecateurError("n:m lets the elements of a group compete, and scope global those of all weights")
         if self.block != (1, 1) and self.n_m is not None:
             raise SecateurError("n:m and block contradict each other: each says which elements go together")
         if self.block[0] > 1 and self.scope == "row":
@@ -137,7 +143,8 @@ def mask_matrix(scores: torch.Tensor, zeros: int, layout: Layout) -> torch.Tenso
         return n_of_m(scores, layout.n_m)
     units = tiles(scores, layout.block) if layout.block != (1, 1) else scores
     if layout.scope == "row":
-        counts = zeros_of([units.shape[1]] * len(units), zeros / units.numel())
+        ends = [-(-zeros * row // len(units)) for row in range(len(units) + 1)]
+        counts = [end - begin for begin, end in itertools.pairwise(ends)]
         kept = largest(units, torch.tensor(counts, device=units.device))
     elif layout.scope == "tensor":
         kept = largest(units.reshape(1, -1), [zeros]).reshape(units.shape)

@@ -41,12 +41,15 @@ class MaskScores:
         Where weights lost different shares, what each keeps is scaled by one factor.
 
         Raises:
-            SecateurError: for a budget that is not about masks, N:M where it was none (or another), and shares that
-                the factor would take out of [0, 1).
+            SecateurError: for a budget that is not about masks, N:M that does not fit, and shares that the factor would
+                take out of [0, 1).
         """
         asked = budget.sparsity()
-        layout = Layout(self.layout.scope, budget.n_m, self.layout.block)
+        scope = "tensor" if budget.n_m is not None else self.layout.scope
+        layout = Layout(scope, budget.n_m, self.layout.block)
         layout.check(self.weights)
+        if budget.n_m is not None:
+            return Plan(masks=masks_of(self.weights, self.tensors, asked, layout), origin=origin or {})
         if self.shares is None:
             return Plan(masks=masks_of(self.weights, self.tensors, asked, layout), origin=origin or {})
         total = sum(w.size for w in self.weights)

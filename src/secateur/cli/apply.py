@@ -12,10 +12,11 @@ from rich.console import Console
 from secateur.choose import Budget, Plan
 from secateur.choose.rescore import MaskScores
 from secateur.cli import tables
-from secateur.cli.models import Making, inputs_of, is_constructor, open_model
+from secateur.cli.models import Making, inputs_of, open_model
 from secateur.cli.options import Common, Group, parse
 from secateur.cut import apply
 from secateur.errors import SecateurError
+from secateur.load.functions import is_constructor
 from secateur.load.model import fingerprint
 from secateur.ship import save
 from secateur.ship.checkpoint import check_out

@@ -7,11 +7,12 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from secateur.cli.models import Making, batches_from, check_sources, is_constructor, open_model
+from secateur.cli.models import Making, batches_from, check_sources, open_model
 from secateur.cli.options import Common, Group, Reading, parse
 from secateur.cli.tables import table
 from secateur.errors import SecateurError
 from secateur.load.batches import size_of
+from secateur.load.functions import is_constructor
 from secateur.methods.verbs import batches_of, evaluate
 
 

@@ -1,7 +1,6 @@
 """What MODEL, --inputs and --data mean: a folder or hub id, or ``module:callable`` in the user's own code."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from secateur.cli.options import check_data
 from secateur.errors import SecateurError
 from secateur.load.built import STRUCTURE
 from secateur.load.constructor import build, load_weights
-from secateur.load.functions import call, find_function
+from secateur.load.functions import call, find_function, is_constructor, names_function
 from secateur.load.model import Source, load_model, meta_model
 from secateur.load.place import find_device, find_dtype
 from secateur.ship import load
@@ -45,11 +44,6 @@ class Making:
                 f"--model-args must be a JSON object, such as '{{\"width\": 16}}', not {self.model_args}"
             )
         return found
-
-
-def is_constructor(name: str) -> bool:
-    """Whether MODEL is module:callable; folders and hub ids have no colon."""
-    return ":" in name and not Path(name).expanduser().exists()
 
 
 def open_model(
@@ -120,14 +114,6 @@ def _shape(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise SecateurError(f"--input-shape {text!r} is no shape, such as 1,3,32,32")
     return tuple(int(part) for part in parts)
-
-
-def names_function(text: str | None) -> bool:
-    """Whether --data is module:function: its module is there, and no file of that name. Hub ids may have colons too."""
-    module, colon, name = (text or "").partition(":")
-    if not colon or Path(text or "").exists() or not all(p.isidentifier() for p in f"{module}.{name}".split(".")):
-        return False
-    return importlib.util.find_spec(module.partition(".")[0]) is not None
 
 
 def check_sources(model: str, **sources: str | None) -> None:

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from secateur.choose import Budget
 from secateur.cli import tables
-from secateur.cli.models import Making, batches_from, check_sources, inputs_of, is_constructor, open_model
+from secateur.cli.models import Making, batches_from, check_sources, inputs_of, open_model
 from secateur.cli.options import Common, Group, Reading, method_options, parse
 from secateur.errors import SecateurError, nearest
-from secateur.load.functions import find_function
+from secateur.load.functions import find_function, is_constructor
 from secateur.measure.choice import load_questions
 from secateur.measure.quality import choice_metric, load_metric, perplexity_metric
 from secateur.methods import MASKING, METHODS
@@ -227,7 +227,7 @@ def _draw(console: Console, report: dict[str, Any], out: Path, how_to_load: str)
     if report["dropped"]:
         console.print(f"dropped: {', '.join(report['dropped'])}")
     for name in report.get("unreached", [])[:3]:
-        console.print(f"no calibration data reached {name}: it was masked by magnitude")
+        console.print(f"no calibration data was seen at {name}: it was masked by magnitude")
     if len(report.get("unreached", [])) > 3:
         console.print(f"and {len(report['unreached']) - 3} weights more (report.json names them)")
     if report.get("more_damping"):

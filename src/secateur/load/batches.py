@@ -59,7 +59,7 @@ def run(model: nn.Module, batch: Batch, *, labels: bool = False) -> Any:
     inputs = pytree.tree_map(lambda x: x.to(place) if isinstance(x, torch.Tensor) else x, inputs)
     if isinstance(inputs, Mapping):
         named = {key: value for key, value in inputs.items() if labels or key != "labels"}
-        return model(**named, **_no_cache(model))
+        return model(**{**_no_cache(model), **named})
     if isinstance(inputs, torch.Tensor) and hasattr(model, "config"):
         return model(**{str(getattr(model, "main_input_name", "input_ids")): inputs}, **_no_cache(model))
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)

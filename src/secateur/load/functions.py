@@ -1,7 +1,9 @@
 """Functions of the user's own: ``module:function``."""
 
 import importlib
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError, nearest
@@ -53,3 +55,16 @@ def call(spec: str, what: str, example: str) -> Any:
     except Exception as error:  # whatever the user's own code raises
         text = " ".join(str(error).split())
         raise SecateurError(f"{what} {spec!r} raised {type(error).__name__}: {text[:500]}") from error
+
+
+def is_constructor(name: str) -> bool:
+    """Whether MODEL is module:callable; folders and hub ids have no colon."""
+    return ":" in name and not Path(name).expanduser().exists()
+
+
+def names_function(text: str | None) -> bool:
+    """Whether --data is module:function: its module is there, and no file of that name. Hub ids may have colons too."""
+    module, colon, name = (text or "").partition(":")
+    if not colon or Path(text or "").exists() or not all(p.isidentifier() for p in f"{module}.{name}".split(".")):
+        return False
+    return importlib.util.find_spec(module.partition(".")[0]) is not None

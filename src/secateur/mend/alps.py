@@ -97,7 +97,9 @@ def _on_support(H: torch.Tensor, B: torch.Tensor, W: torch.Tensor, keep: torch.T
     size = R.square().sum(0)
     for _ in range(steps):
         HP = torch.where(keep, H @ P, 0)
-        length = size / (P * HP).sum(0).clamp_min(1e-30)
+        bend = (P * HP).sum(0)
+        # a direction without curvature is left alone: H is damped, so that only rounding makes one
+        length = torch.where(bend > 1e-7 * P.square().sum(0), size / bend.clamp_min(1e-30), 0.0)
         W = W + length * P
         R = R - length * HP
         new = R.square().sum(0)

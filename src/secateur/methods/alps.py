@@ -4,6 +4,7 @@ Meng et al. 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Prunin
 (arXiv:2406.07831).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -67,8 +68,11 @@ def alps(
         SecateurError: without data, for options that contradict each other, or a pattern that does not fit.
     """
     need_data("alps", data)
-    if not damping > 0 or not rho > 0 or iterations < 1 or refine < 0:
-        raise SecateurError(f"damping {damping}, rho {rho} and iterations {iterations} must be above 0")
+    if not (0 < damping < math.inf and 0 < rho < math.inf and iterations > 0 and refine >= 0):
+        raise SecateurError(
+            f"damping {damping} and rho {rho} must be above 0 and finite, iterations {iterations} at least 1, "
+            f"refine {refine} at least 0"
+        )
     which = Which(only, ignore, block, allocation, owl_times, owl_spread, inputs)
 
     def solve(matrices: Sequence[torch.Tensor], gram: Gram, zeros: Sequence[int], layout: Layout) -> Solved:

@@ -3,11 +3,12 @@
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from secateur.choose.allocate import Allocation, read_allocation, shares
 from secateur.choose.budget import Budget
@@ -15,7 +16,7 @@ from secateur.choose.mask import Layout, mask_matrix, masks_of, zeros_of
 from secateur.choose.plan import Plan
 from secateur.choose.rescore import MaskScores
 from secateur.errors import SecateurError
-from secateur.load.batches import Batch, run, size_of
+from secateur.load.batches import Batch, run, samples_of, size_of
 from secateur.load.mode import evaluating
 from secateur.methods.base import Decision
 from secateur.progress import Track
@@ -48,7 +49,6 @@ class Task:
     layout: Layout
     sparsity: float
     shares: Mapping[str, float]
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,15 @@ def task(model: nn.Module, budget: Budget, data: Sequence[Batch], which: Which, 
         raise SecateurError("scope global ranks all weights together, and allocation gives each its own share")
     if allocation != "owl" and (which.owl_times, which.owl_spread) != (Which.owl_times, Which.owl_spread):
         raise SecateurError("owl_times and owl_spread go with allocation owl")
+    if not (which.owl_times > 0 and which.owl_spread > 0):
+        raise SecateurError(f"owl_times {which.owl_times} and owl_spread {which.owl_spread} must be above 0")
     if allocation == "owl" and not data:
         raise SecateurError(
             "allocation owl needs data: give batches, or 'self' for a language model that writes its own"
         )
     inputs = which.inputs
-    if inputs is None and data and not hasattr(getattr(model, "config", None), "to_dict"):
-        inputs = _inputs_of(data[0])
+    if inputs is None and data:
+        inputs = _inputs_of(model, samples_of(data[0])[0])
     weights = maskable(model, inputs, only=which.only, ignore=which.ignore)
     parameters = dict(model.named_parameters())
     for weight in weights:
@@ -115,6 +117,7 @@ def from_weights(
     return Decision(Plan(masks=_on_cpu(masks)), scores=_scores(task, scores) if keep else None, details=details)
 
 
+@torch.inference_mode(mode=False)  # what is written into must be plain tensors, whoever calls
 def block_by_block(
     model: nn.Module,
     data: Sequence[Batch],
@@ -235,10 +238,14 @@ def relative_size(weight: torch.Tensor) -> torch.Tensor:
     return size / norm if float(norm) > 0 else size
 
 
-def _inputs_of(batch: Batch) -> Inputs:
-    if isinstance(batch, Mapping):
-        return {name: value for name, value in batch.items() if name != "labels"}
-    return batch[0] if isinstance(batch, tuple | list) else batch
+def _inputs_of(model: nn.Module, batch: Batch) -> Inputs:
+    """The arguments of `load.batches.run`, on the model's device."""
+    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    given = batch[0] if isinstance(batch, tuple | list) else batch
+    moved: Any = pytree.tree_map(lambda x: x.to(place) if isinstance(x, torch.Tensor) else x, given)
+    if isinstance(moved, Mapping):
+        return {name: value for name, value in moved.items() if name != "labels"}
+    return {str(getattr(model, "main_input_name", "input_ids")): moved} if hasattr(model, "config") else moved
 
 
 def _details(task: Task, samples: int, unreached: list[str], seconds: Mapping[str, float]) -> dict[str, Any]:

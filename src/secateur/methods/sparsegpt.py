@@ -3,6 +3,7 @@
 Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (arXiv:2301.00774).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -62,8 +63,10 @@ def sparsegpt(
         SecateurError: without data, for options that contradict each other, or a pattern that does not fit.
     """
     need_data("sparsegpt", data)
-    if not damping > 0 or columns_at_once < 1:
-        raise SecateurError(f"damping {damping} must be above 0, and columns_at_once {columns_at_once} at least 1")
+    if not 0 < damping < math.inf or columns_at_once < 1:
+        raise SecateurError(
+            f"damping {damping} must be above 0 and finite, and columns_at_once {columns_at_once} at least 1"
+        )
     which = Which(only, ignore, block, allocation, owl_times, owl_spread, inputs)
 
     def solve(matrices: Sequence[torch.Tensor], gram: Gram, zeros: Sequence[int], layout: Layout) -> Solved:

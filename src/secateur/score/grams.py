@@ -23,11 +23,13 @@ class Gram:
         rows: How many.
         squares: Sum of x^2, [columns].
         matrix: Sum of x x', [columns, columns]; None where only squares were asked for.
+        sums: How many tensors were added up.
     """
 
     rows: int
     squares: torch.Tensor
     matrix: torch.Tensor | None = None
+    sums: int = 0
 
     def full(self) -> torch.Tensor:
         """X'X.
@@ -44,6 +46,7 @@ class Gram:
         exact = x.dtype == torch.bfloat16
         x = x if x.dtype == torch.float64 else x.float()
         self.rows += len(x)
+        self.sums += 1
         if self.matrix is None:
             self.squares += x.square().sum(0)  # vector_norm(dim=0) takes ten times as long on a CPU
         else:
@@ -90,17 +93,29 @@ def grams(
     Raises:
         SecateurError: for activations that are not finite, and for a weight that is used in ways that do not agree.
     """
-    watch = _Watch({w.name: w for w in weights}, full)
-    with Products({w.name: parameters[w.name] for w in weights}, watch.see, last):
-        run()
+    named = {w.name: w for w in weights}
+    watched = {name: parameters[name] for name in named}
+    try:
+        watch = _Watch(named, full, share=True)
+        with Products(watched, watch.see, last):
+            run()
+        watch.settle()
+    except _Apart:  # some read the same at first and not always: each gets a sum of its own
+        watch = _Watch(named, full, share=False)
+        with Products(watched, watch.see, last):
+            run()
     return watch.reads()
+
+
+class _Apart(BaseException):
+    """Weights share a sum, and one of them reads something that another does not."""
 
 
 class _Watch:
     """Adds up, and finds out who reads the same."""
 
-    def __init__(self, weights: Mapping[str, Weight], full: bool) -> None:
-        self.weights, self.full = weights, full
+    def __init__(self, weights: Mapping[str, Weight], full: bool, *, share: bool) -> None:
+        self.weights, self.full, self.share = weights, full, share
         self.grams: dict[tuple[str, Part], Gram] = {}
         self.leaders: dict[int, tuple[str, Part]] = {}
         self.last: tuple[Product, tuple[str, Part], set[tuple[str, Part]]] | None = None
@@ -114,15 +129,19 @@ class _Watch:
                 f"{weight.name} is multiplied along dimensions {product.columns}, and elsewhere along "
                 f"{weight.columns}: ignore it (ignore: {weight.name})"
             )
-        if self.last is not None and _same(self.last[0], product):
+        if not product.operand.numel():  # an expert that is called without a token
+            return
+        if self.share and self.last is not None and _same(self.last[0], product):
             _, leader, done = self.last
             shared = self.grams[leader]
-            if key not in done and self.grams.setdefault(key, shared) is shared:
+            if key not in self.grams and shared.sums == 1:
+                self.grams[key] = shared
+            if key not in done and self.grams.get(key) is shared:
                 done.add(key)
                 return
+        self.settle()
         if key in self.grams and self.leaders[id(self.grams[key])] != key:
-            other = self.leaders[id(self.grams[key])][0]
-            raise SecateurError(f"{weight.name} reads what {other} reads, but not in all batches: ignore one of them")
+            raise _Apart
         x = product.read()
         if key not in self.grams:
             columns = x.shape[1]
@@ -132,6 +151,15 @@ class _Watch:
             self.leaders[id(self.grams[key])] = key
         self.grams[key].add(x)
         self.last = (product, key, {key})
+
+    def settle(self) -> None:
+        """What was added up last must have been read by all that share the sum."""
+        if self.last is None:
+            return
+        _, leader, done = self.last
+        gram = self.grams[leader]
+        if gram.sums > 1 and any(shared is gram and key not in done for key, shared in self.grams.items()):
+            raise _Apart
 
     def reads(self) -> list[list[Read]]:
         """All parts, grouped by what they read; those that nothing came by are one group each."""

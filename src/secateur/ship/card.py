@@ -42,7 +42,8 @@ def model_card(report: Mapping[str, Any], *, kind: str = "stock") -> str:
     table = _table("cost", {**report.get("costs", {}), **numbers})
     note = " of ".join(filter(None, [tokens, f"`{_short(on)}`" if on else ""]))
     lines += _section("What it cost", [*table, "", f"Quality was measured on {note}."] if table and note else table)
-    lines += ["## Use", "", *_HOW_TO_LOAD[kind].splitlines(), "", *_HOW_TO_REPLAY.splitlines()]
+    replay = _HOW_TO_REPLAY if report.get("plan", "saved") == "saved" else f"The plan was {report['plan']}."
+    lines += ["## Use", "", *_HOW_TO_LOAD[kind].splitlines(), "", *replay.splitlines()]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -79,8 +80,8 @@ model = secateur.load("path/to/this/folder")
 """,
 }
 _HOW_TO_REPLAY = """\
-`plan.json` and `plan.safetensors` say which units stayed. To make the same cut again, from the same dense model
-(repairs of the weights that stayed are in this checkpoint only):
+`plan.json` and `plan.safetensors` say which units or weights stayed. To make the same cut again, from the same dense
+model (repairs of the weights that stayed are in this checkpoint only):
 
 ```python
 from pathlib import Path

@@ -5,6 +5,7 @@ few ATen operators whose operand shares the storage of a parameter; its strides 
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ _MATMUL = {
     _ATEN.baddbmm.default: (1, 2),
 }
 """Operator -> places of its two operands."""
+_COPIES = (_ATEN._to_copy.default, _ATEN.clone.default)
 _CONVOLUTIONS = (_ATEN.convolution.default, _ATEN.mkldnn_convolution.default)
 _GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 Span = tuple[int, int]
@@ -68,7 +70,10 @@ class Products(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.last = last
-        self.weights = {_storage(weight): (name, weight) for name, weight in weights.items()}
+        self.weights: dict[int, list[tuple[str, torch.Tensor]]] = {}
+        for name, weight in weights.items():  # several may lie in one storage
+            self.weights.setdefault(_storage(weight), []).append((name, weight))
+        self.copies: dict[int, tuple[str, weakref.ref[torch.Tensor]]] = {}
         self.see = see
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,7 +85,10 @@ class Products(TorchDispatchMode):
             self._convolution(*found, args)
         elif func.name().partition(".")[0] in _GROUPED:
             self._grouped(args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in _COPIES and (source := self._of(args[0])) and _laid_out(result) == _laid_out(source[1]):
+            self.copies[_storage(result)] = source[0], weakref.ref(result)  # the weight itself, in another type
+        return result
 
     def _tell(self, product: Product) -> None:
         self.see(product)
@@ -88,7 +96,16 @@ class Products(TorchDispatchMode):
             raise Enough
 
     def _of(self, tensor: Any) -> tuple[str, torch.Tensor] | None:
-        return self.weights.get(_storage(tensor)) if isinstance(tensor, torch.Tensor) else None
+        """The weight that a tensor is a view of, or of a copy of."""
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        place = _storage(tensor)
+        for name, weight in self.weights.get(place, ()):
+            if weight.storage_offset() <= tensor.storage_offset() < weight.storage_offset() + max(1, weight.numel()):
+                return name, weight
+        name, alive = self.copies.get(place, ("", None))
+        copy = alive() if alive is not None else None
+        return None if copy is None else (name, copy)
 
     def _matmul(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """[n, k] @ [k, m], or the same for each of a batch; the weight may stand on either side."""
@@ -182,6 +199,10 @@ def _upsampled_patches(
     return found.reshape(len(found), *kernel, -1).flip(tuple(range(1, len(kernel) + 1))).reshape(found.shape)
 
 
+def _laid_out(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride()
+
+
 def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
@@ -192,7 +213,6 @@ def _place(weight: torch.Tensor, view: torch.Tensor) -> tuple[Dims, Dims, tuple[
     None for a view that cannot be placed, such as a diagonal.
     """
     steps, free = weight.stride(), set(range(weight.dim()))
-    part: list[Span] = []
     found: list[Dims] = []
     covered: dict[int, int] = {}
     for size, step in zip(view.shape, view.stride(), strict=True):

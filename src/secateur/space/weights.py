@@ -6,12 +6,14 @@ forward pass. So masks work on models that `discover` cannot follow.
 
 import fnmatch
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from secateur.errors import SecateurError, nearest
 from secateur.load.mode import evaluating
@@ -20,8 +22,9 @@ from secateur.space.trace import Inputs, arguments
 
 Part = tuple[Span, ...]
 """For each dimension of a tensor the range of it."""
-_LEAVES = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_LEAF = re.compile(r"weight|(in|[qkv])_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 """How modules of torch.nn name what they multiply with."""
+_CHOOSING = tuple(getattr(torch.ops.aten, name) for name in ("topk", "sort", "argmax", "max"))
 
 
 @dataclass(frozen=True)
@@ -103,36 +106,43 @@ def maskable(
 ) -> Weights:
     """Find the weights that a mask may thin out.
 
-    Embeddings, the projection to the vocabulary, routers and norms are left alone unless a pattern of `only` names
-    them. Parameters that no known module owns (stacked experts, attention written out) are found in one forward pass,
-    if there are inputs; so are routers that are linear layers.
+    Embeddings, norms, routers and the projection to the vocabulary are left alone; a classifier's last layer is a layer
+    as any other. Parameters that no known module owns (stacked experts, attention written out) are found in one forward
+    pass, if there are inputs; so are routers that are linear layers.
 
     Args:
         model: any module.
         inputs: arguments of one forward pass; None = those of a Hugging Face model, if it has parameters that only a
             forward pass explains.
-        only: names of weights or modules, or patterns (``*.mlp.*``), to which masks are confined; all by default.
+        only: names of weights or modules, or patterns (``*.mlp.*``), to which masks are confined; all by default. Only
+            by name are routers and the projection to the vocabulary masked.
         ignore: the same, of what is left dense.
 
     Raises:
         SecateurError: for a pattern that matches nothing, and where nothing is left to mask.
     """
+    only, ignore = ([given] if isinstance(given, str) else given for given in (only, ignore))
     owners = {id(p): name for name, p in model.named_parameters()}
     parameters = dict(model.named_parameters())
+    aliases: dict[str, list[str]] = {name: [] for name in parameters}
+    for alias, parameter in model.named_parameters(remove_duplicate=False):
+        aliases[owners[id(parameter)]].append(alias)
     found = {owners[id(p)]: replace(weight, name=owners[id(p)]) for p, weight in _known(model)}
     left = {name: "no product with it is known" for name, p in parameters.items() if p.dim() > 1 and name not in found}
     known_not = _known_not(model, owners)
     unknown = [name for name in left if name not in known_not and parameters[name].is_floating_point()]
     seen: dict[str, Weight] = {}
-    if inputs is not None or (unknown and hasattr(getattr(model, "config", None), "to_dict")):
+    if inputs is not None or ((unknown or _has_experts(model)) and _from_transformers(model)):
         seen, routers = _probe(model, inputs, parameters)
         known_not |= dict.fromkeys(routers, "a router")
     found |= {name: weight for name, weight in seen.items() if name in unknown}
-    named = {name: weight for name, weight in {**seen, **found}.items() if _matches(name, only)}
+    every = {**seen, **found}
+    named = {name: weight for name, weight in every.items() if any(_matches(a, only) for a in aliases[name])}
     found = {name: weight for name, weight in found.items() if name not in known_not}
     chosen = named if only else found
-    _check_patterns(model, [*found, *named], only, ignore)
-    ignored = {name for name in chosen if _matches(name, ignore)}
+    for pattern in [*only, *ignore]:  # what is left alone anyway may be named too
+        matching([alias for name in {**every, **known_not} for alias in aliases[name]], pattern)
+    ignored = {name for name in chosen if any(_matches(alias, ignore) for alias in aliases[name])}
     order = {name: place for place, name in enumerate(parameters)}
     result = tuple(chosen[name] for name in sorted(chosen, key=order.__getitem__) if name not in ignored)
     if not result:
@@ -156,7 +166,7 @@ def _known(model: nn.Module) -> Iterator[tuple[nn.Parameter, Weight]]:
 
 def _form(module: nn.Module, leaf: str, parameter: nn.Parameter) -> tuple[Dims, Dims, int] | None:
     """(rows, columns, groups) of a parameter."""
-    if parameter.dim() < 2 or not any(leaf.startswith(start) for start in _LEAVES):
+    if parameter.dim() < 2 or not _LEAF.fullmatch(leaf):
         return None
     spatial = tuple(range(2, parameter.dim()))
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -184,6 +194,19 @@ def _known_not(model: nn.Module, owners: Mapping[int, str]) -> dict[str, str]:
     return found
 
 
+def _from_transformers(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "to_dict")
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether the config of a Hugging Face model counts experts; a router may then be a linear layer as any other."""
+    config: Any = getattr(model, "config", None)
+    nested = [config.to_dict()] if _from_transformers(model) else []
+    for one in nested:
+        nested += [value for value in one.values() if isinstance(value, dict)]
+    return any("expert" in str(key) and isinstance(v, int) and v > 1 for one in nested for key, v in one.items())
+
+
 def _probe(
     model: nn.Module, inputs: Inputs, parameters: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, Weight], set[str]]:
@@ -208,31 +231,34 @@ def _probe(
     positional, named = arguments(model, inputs)
     watch = _Routers({name: p for name, p in parameters.items() if p.dim() > 1}, see)
     with evaluating(model), torch.no_grad(), plain_attention(), watch:
-        model(*positional, **named)
+        try:
+            model(*positional, **named)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # the user's model on the user's inputs
+            text = " ".join(str(error).split())
+            raise SecateurError(f"{type(model).__name__} does not run on the inputs: {text[:300]}") from error
     return found, watch.routers
 
 
 class _Routers(Products):  # type: ignore[no-untyped-call]
-    """Also remembers which results come from which weight, until a topk is taken of one."""
+    """Also remembers which results come from which weight, until the largest are chosen from one."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], see: Any) -> None:
         super().__init__(weights, see)
-        self.made: dict[int, tuple[torch.Tensor, str]] = {}
+        self.made: Any = WeakIdKeyDictionary()
         self.routers: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, and tell where its result comes from."""
         result = super().__torch_dispatch__(func, types, args, kwargs)
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        sources = {self.made[id(x)][1] for x in tensors if id(x) in self.made}
-        if func is torch.ops.aten.topk.default:
-            self.routers |= sources
+        if func.overloadpacket in _CHOOSING:
+            self.routers |= {self.made[x] for x in tensors if x in self.made}
         elif isinstance(result, torch.Tensor):
             weight = next((found[0] for x in tensors if (found := self._of(x)) and len(tensors) > 1), None)
-            same = {self.made[id(x)][1] for x in tensors if id(x) in self.made and x.numel() == result.numel()}
+            same = {self.made[x] for x in tensors if x in self.made and x.numel() == result.numel()}
             source = weight if weight is not None else next(iter(same)) if len(same) == 1 else None
             if source is not None:
-                self.made[id(result)] = (result, source)
+                self.made[result] = source
         return result
 
 
@@ -267,9 +293,3 @@ def matching(names: Sequence[str], pattern: str) -> list[str]:
         known = parts if "*" in pattern else around
         raise SecateurError(f"the pattern {pattern!r} matches no weight{nearest(pattern.strip('*.'), known)}")
     return found
-
-
-def _check_patterns(model: nn.Module, names: Sequence[str], only: Sequence[str], ignore: Sequence[str]) -> None:
-    del model
-    for pattern in [*only, *ignore]:
-        matching(names, pattern)

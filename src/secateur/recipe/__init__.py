@@ -1,0 +1,7 @@
+"""Recipes: a pipeline in YAML, read strictly before anything heavy starts, run step by step, saved as a whole."""
+
+from secateur.recipe.pipeline import Finished, Recipe
+from secateur.recipe.read import load
+from secateur.recipe.steps import STEPS
+
+__all__ = ["STEPS", "Finished", "Recipe", "load"]
