@@ -1,5 +1,6 @@
 """What contradicts itself is refused, with both sides."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -135,3 +136,17 @@ def test_strip_refuses_what_it_cannot_do() -> None:
     with pytest.raises(SecateurError, match=r"mask of 2\.weight is \[16, 8\], and the weight is \[12, 16\]"):
         strip(model, {**masks, "2.weight": masks["0.weight"]})
     strip(model, masks)
+
+
+def test_movement_may_start_with_the_magnitude_of_the_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    sizes = [model.get_parameter(f"{i}.weight").detach().abs().clone() for i in (0, 2)]
+    s = sparsify(model, "sparsity=50%", method="movement", start="magnitude", scope="global", schedule=Constant())
+    mean = torch.cat([size.flatten() for size in sizes]).mean()
+    for size, score in zip(sizes, s.scores(), strict=True):
+        torch.testing.assert_close(score.detach(), size / mean)
+    half = torch.cat([size.flatten() for size in sizes]).median()
+    assert all(torch.equal(mask, size > half) for mask, size in zip(s.masks().values(), sizes, strict=True))
+    with pytest.raises(SecateurError, match="has no start 'magnitud'; did you mean 'magnitude'"):
+        sparsify(copy.deepcopy(strip(model)), "sparsity=50%", method="movement", start="magnitud", schedule=Constant())

@@ -20,7 +20,7 @@ class Rule:
         budgets: what it takes: ``sparsity``, ``n:m``; none = it takes no budget.
         schedule: whether one is ``needed``, ``optional`` or ``none``.
         every_step: masks are chosen anew at every step, as they depend on what was just learned.
-        from_start: scores are zero before training, so nothing can be chosen then.
+        from_start: scores are zero before training (unless they start from magnitude), so nothing can be chosen then.
     """
 
     kind: str
@@ -34,13 +34,14 @@ class Rule:
 _LAYOUT: Mapping[str, Any] = {"scope": "tensor", "block": (1, 1)}
 RULES: Mapping[str, Rule] = {
     "magnitude": Rule("held", {**_LAYOUT, "normalize": False}),
-    "movement": Rule("hard", {"mode": "hard", **_LAYOUT}, every_step=True, from_start=True),
+    "movement": Rule("hard", {"mode": "hard", "start": "zero", **_LAYOUT}, every_step=True, from_start=True),
     "movement soft": Rule("soft", {"mode": "soft", "penalty": None, "tau": 0.1}, budgets=(), schedule="optional"),
     "weight_change": Rule("held", _LAYOUT, from_start=True),
     "rb": Rule("gates", {"exact": True, "seed": 0}, budgets=("sparsity",)),
     "sr_ste": Rule("dense", {"decay": 2e-4}, budgets=("n:m",), schedule="optional", every_step=True),
     "fixed": Rule("held", {"masks": None}, budgets=(), schedule="none"),
 }
+STARTS = ("zero", "magnitude")
 METHODS = tuple(name for name in RULES if " " not in name)
 
 
@@ -125,10 +126,14 @@ def settings_of(
     _check_values(title, options)
     parsed = _budget(title, rule, budget)
     layout = _layout(title, asked, options, parsed)
-    return Settings(method, rule, parsed, _schedule(title, rule, schedule, parsed), layout, options)
+    at_once = not rule.from_start or options.get("start") == "magnitude"
+    own = _schedule(title, rule, schedule, parsed, at_once=at_once)
+    return Settings(method, rule, parsed, own, layout, options)
 
 
 def _check_values(title: str, options: Mapping[str, Any]) -> None:
+    if options.get("start", "zero") not in STARTS:
+        raise SecateurError(f"{title} has no start {options['start']!r}{nearest(str(options['start']), STARTS)}")
     if "penalty" in options and (options["penalty"] is None or not options["penalty"] > 0):
         raise SecateurError(
             f"{title} needs a penalty above 0, such as penalty=1.0, not {options['penalty']}: it has no budget"
@@ -178,7 +183,9 @@ def _layout(title: str, asked: Mapping[str, Any], options: Mapping[str, Any], bu
     return Layout(options.get("scope", "global" if n_m is None else "tensor"), n_m, tile)
 
 
-def _schedule(title: str, rule: Rule, schedule: Schedule | None, budget: Budget | None) -> Schedule | None:
+def _schedule(
+    title: str, rule: Rule, schedule: Schedule | None, budget: Budget | None, *, at_once: bool
+) -> Schedule | None:
     if rule.schedule == "none":
         if schedule is not None:
             raise SecateurError(f"{title} takes no schedule ({schedule.name}): it holds masks as they are")
@@ -191,7 +198,7 @@ def _schedule(title: str, rule: Rule, schedule: Schedule | None, budget: Budget 
         schedule = Constant()
     final = 1.0 if budget is None else budget.sparsity()
     schedule.check(final)
-    if rule.from_start and schedule.sparsity(0, final) > 0:
+    if not at_once and schedule.sparsity(0, final) > 0:
         raise SecateurError(
             f"{title} scores what training has changed, and {schedule.name} takes weights away at {schedule.per} 0: "
             "begin later, with an initial sparsity of 0"

@@ -37,6 +37,7 @@ def sparsify(
     block: Block | None = None,
     normalize: bool | None = None,
     mode: str | None = None,
+    start: str | None = None,
     penalty: float | None = None,
     tau: float | None = None,
     decay: float | None = None,
@@ -64,6 +65,8 @@ def sparsify(
         block: rows and columns of tiles that go whole.
         normalize: magnitude with scope global: rank weights by their share of the norm of their tensor, as NNCF does.
         mode: movement: ``hard`` (default), the largest scores stay; ``soft``, all above a threshold stay.
+        start: hard movement: scores begin at ``zero`` (default, as published), or with the ``magnitude`` of the
+            weights, in units of its mean: what the weights know already then counts, however short the training.
         penalty: soft movement: weight of the mean of sigmoid(S) in the loss.
         tau: soft movement: threshold of sigmoid(S), in (0, 0.5); 0.1 by default.
         decay: sr_ste: lambda_w of the weights that are masked, 2e-4 by default.
@@ -78,8 +81,8 @@ def sparsify(
         SecateurError: for options that contradict each other, weights that cannot be masked, and a model that holds
             masks already.
     """
-    own: dict[str, Any] = {"scope": scope, "block": block, "normalize": normalize, "mode": mode, "penalty": penalty}
-    own |= {"tau": tau, "decay": decay, "exact": exact, "seed": seed, "masks": masks}
+    own: dict[str, Any] = {"scope": scope, "block": block, "normalize": normalize, "mode": mode, "start": start}
+    own |= {"penalty": penalty, "tau": tau, "decay": decay, "exact": exact, "seed": seed, "masks": masks}
     settings = settings_of(method, budget, schedule_of(schedule, begin, end, frequency), own)
     _check_model(model)
     if masks is None:
@@ -168,9 +171,19 @@ class Sparsity:
                 masked.mask.copy_(given[name])
             attach(own, masked)
             self._masked[name], self._originals[name] = masked, parameters[name]
+        if settings.options.get("start") == "magnitude":
+            self._start_from_magnitude()
         if settings.schedule is not None and settings.schedule.due(0):
             self._choose()
         self._draw()
+
+    @torch.no_grad()
+    def _start_from_magnitude(self) -> None:
+        sizes = {name: weight.abs() for name, weight in self._originals.items()}
+        mean = sum(float(s.double().sum()) for s in sizes.values()) / sum(s.numel() for s in sizes.values())
+        for name, masked in self._masked.items():
+            if masked.scores is not None:
+                masked.scores.copy_(sizes[name] / (mean or 1.0))
 
     @property
     def names(self) -> list[str]:
