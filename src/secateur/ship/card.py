@@ -126,6 +126,7 @@ def _short(value: Any) -> str:
 
 _LABELS = {
     "params": "parameters",
+    "nonzero": "parameters that are not zero",
     "perplexity": "perplexity",
     "kl": "KL from the dense model (nats per token)",
     "top1": "same most likely token as the dense model",
