@@ -342,3 +342,15 @@ def test_batches_that_take_other_ways_are_refused_with_a_reason() -> None:
     with pytest.raises(SecateurError, match=r"early\.0 runs on 2 of 3 calibration batches"):
         for stage in walk(model, rows(5), maskable(model).chosen):
             stage.run()
+
+
+def test_what_a_user_hooks_on_a_block_is_run_once() -> None:
+    model, batches = tiny("llama"), text()
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: (args[0] * 1.5, *args[1:]))
+    weights = maskable(model).chosen
+    want = hooked(model, batches, weights)
+    for stage in walk(model, batches, weights):
+        for group in grams(stage.run, stage.weights, dict(model.named_parameters()), full=True, last=stage.last):
+            for read in group:
+                assert read.gram is not None
+                torch.testing.assert_close(read.gram.full(), want[read.weight.name], rtol=1e-9, atol=1e-9)

@@ -269,6 +269,8 @@ def _record(model: nn.Module, batch: Batch, weights: Sequence[Weight]) -> _Event
     try:
         with Products({w.name: parameters[w.name] for w in weights}, see):
             run(model, batch)
+    except SecateurError:
+        raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:  # the user's model on the user's data
         text = " ".join(str(error).split())
         raise SecateurError(f"{type(model).__name__} does not run on the calibration data: {text[:300]}") from error

@@ -111,6 +111,13 @@ def test_a_plan_is_applied_to_other_weights_and_thinned_out_otherwise(place: Pat
     assert all(bool(loose.masks[n][m].all()) for n, m in plan.masks.items())
 
 
+def test_a_plan_applied_in_another_type_is_stored_in_the_checkpoints_own(place: Path, say: Callable[..., str]) -> None:
+    save_model(place / "half", dtype=torch.bfloat16)
+    say("prune", "half", "--method", "magnitude", "--budget", "sparsity=50%", "--out", "sparse")
+    say("apply", "half", "--plan", "sparse", "--out", "again", "--dtype", "float32")
+    assert {p.dtype for p in secateur.load("again").parameters()} == {torch.bfloat16}
+
+
 REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("prune", "llm", "--method", "wanda", "--budget", "sparsity=50%"), "wanda needs data"),
     (("prune", "llm", "--method", "magnitude", "--budget", "sparsity=100%"), "must be in [0, 1)"),

@@ -338,18 +338,6 @@ def test_files_of_scores_that_are_none(tmp_path: Path) -> None:
         MaskScores.load(tmp_path)
 
 
-def test_what_a_user_hooks_on_is_run_once() -> None:
-    batches = [tokens(2, 9), tokens(2, 9, seed=8)]
-    masks = []
-    for hooked in (False, True):
-        model = tiny("llama", dtype=torch.float32)
-        if hooked:
-            for layer in model.model.layers:
-                layer.register_forward_pre_hook(lambda _, args: (args[0] * 1.0, *args[1:]))
-        masks.append(plan(model, "sparsity=50%", method="wanda", data=batches).masks)
-    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
-
-
 def test_batches_may_say_use_cache_and_come_under_inference_mode() -> None:
     model = tiny("llama", dtype=torch.float32)
     ids = tokens(2, 9)

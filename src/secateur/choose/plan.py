@@ -39,6 +39,11 @@ class Plan:
     origin: Mapping[str, str] = field(default_factory=dict)
     """Where it comes from: model, its fingerprint, method, budget... for people, not used by `apply`."""
 
+    @property
+    def only_masks(self) -> bool:
+        """Whether all sizes stay as they are; such a plan needs no Space."""
+        return bool(self.masks) and not self.kept and not self.dropped
+
     def check(self, space: Space) -> None:
         """Raise SecateurError unless this plan can be applied to a model with that Space."""
         axes = {axis.name: axis for axis in space.axes}

@@ -12,7 +12,7 @@ from rich.console import Console
 from secateur.choose import Budget, Plan
 from secateur.choose.rescore import MaskScores
 from secateur.cli import tables
-from secateur.cli.models import Making, inputs_of, open_model
+from secateur.cli.models import Making, inputs_of, open_model, stored_as
 from secateur.cli.options import Common, Group, parse
 from secateur.cut import apply
 from secateur.errors import SecateurError
@@ -55,10 +55,10 @@ def run(words: Sequence[str]) -> None:
             f"{arguments.model} was saved with a constructor: give that, and its weights with --weights"
         )
     check_out(arguments.out, overwrite=arguments.overwrite, source=source)
-    structural = bool(plan.kept or plan.dropped)
-    pruned = apply(model, plan, inputs=inputs_of(model, making, arguments.model, needed=structural))
-    counts = {name: [(p.numel(), int(p.count_nonzero())) for p in m.parameters()] for name, m in
-              (("dense", model), ("pruned", pruned))}  # fmt: skip
+    pruned = apply(model, plan, inputs=inputs_of(model, making, arguments.model, needed=not plan.only_masks))
+    stored_as(pruned, source)
+    both = {"dense": model, "pruned": pruned}
+    counts = {name: [(p.numel(), int(p.count_nonzero())) for p in m.parameters()] for name, m in both.items()}
     report: dict[str, Any] = {
         "secateur": importlib.metadata.version("secateur"),
         "method": f"apply (a plan by {plan.origin.get('method', 'hand')})",

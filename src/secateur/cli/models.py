@@ -74,6 +74,13 @@ def open_model(
     return load_model(name, device=device, dtype=dtype) if weights else (meta_model(name), None, None)
 
 
+def stored_as(model: nn.Module, source: Source | None) -> None:
+    """Give parameters the checkpoint's own type again; buffers keep the precision that stock loading gives them."""
+    if source is not None and source.dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(source.dtype)
+
+
 def inputs_of(model: nn.Module, making: Making, name: str, *, needed: bool = True) -> Any:
     """Example inputs on the model's device and of its type; None where none are given and the model does without.
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from secateur.choose import Budget
 from secateur.cli import tables
-from secateur.cli.models import Making, batches_from, check_sources, inputs_of, open_model
+from secateur.cli.models import Making, batches_from, check_sources, inputs_of, open_model, stored_as
 from secateur.cli.options import Common, Group, Reading, method_options, parse
 from secateur.errors import SecateurError, nearest
 from secateur.load.functions import find_function, is_constructor
@@ -121,9 +121,7 @@ def run(words: Sequence[str]) -> None:
     if source is not None and source.unused:
         report["unused_tensors"] = list(source.unused)
     report["options"] = {**report["options"], **_shown(arguments)}
-    if common.dtype is not None and source is not None and source.dtype is not None:
-        for parameter in result.model.parameters():  # buffers keep the precision that stock loading gives them
-            parameter.data = parameter.data.to(source.dtype)
+    stored_as(result.model, source)
     built: dict[str, Any] = (
         {"constructor": arguments.model, "arguments": arguments.making.arguments} if source is None else {}
     )

@@ -45,7 +45,7 @@ def apply(model: nn.Module, plan: Plan, *, space: Space | None = None, inputs: I
     Raises:
         SecateurError: for a plan that does not fit the model, that removes nothing, or whose cut cannot be verified.
     """
-    if plan.masks and not plan.kept and not plan.dropped:
+    if plan.only_masks:
         return masked(model, plan.masks)
     if inputs is None:
         inputs = example_inputs(model)  # the cut model is traced with the same shapes as the dense one

@@ -41,7 +41,7 @@ def report_of(
         "model": {"name": plan.origin["model"], "fingerprint": plan.origin["fingerprint"]},
         "budget": plan.origin["budget"],
         "options": {k: _plain(v) for k, v in options.items() if v is not None and k not in _NOT_SHOWN},
-        **(_masked(pruned, plan) if plan.masks else _cut(model, plan, decision.space, options)),
+        **(_masked(pruned, plan) if plan.only_masks else _cut(model, plan, decision.space, options)),
         **decision.details,
     }
     if measured is not None:
