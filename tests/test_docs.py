@@ -20,6 +20,8 @@ SMALL = {
     "stats": [],
     "apply": [],
     "run": [],
+    "profile": ["--levels", "2", "--repeats", "2"],
+    "survey": ["--samples", "16"],
 }
 OPTIONS_OF_MINITRON = ("--score-samples", "4", "--top-k", "2")
 

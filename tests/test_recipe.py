@@ -186,7 +186,15 @@ def test_one_prune_saves_its_plan_and_what_was_measured(place: Path) -> None:
     assert entry["costs"] == by_hand.report["costs"]
     assert done.report["measured"] == {**by_hand.report["measured"], "data": "own_recipe:batches"}
     replayed = secateur.apply(own().net().eval(), secateur.Plan.load(place / "small"), inputs=torch.zeros(2, 3, 6, 6))
-    assert same(replayed, secateur.load("small"))
+    repaired: torch.nn.Module = secateur.load("small")
+    assert {n: v.shape for n, v in replayed.state_dict().items()} == {
+        n: v.shape for n, v in repaired.state_dict().items()
+    }
+    assert same(done.model, repaired)
+    assert not same(replayed, repaired)  # the repair is in the result alone
+    assert entry["mend"]["method"] == "least_squares"
+    plain = recipe.load(mapping({"prune": {**step["prune"], "mend": "none"}}, **data), {"out": "plain"}).run()
+    assert same(replayed, plain.model)
     assert "plan.json" in (place / "small/README.md").read_text()
     assert "Nothing was trained" in (place / "small/README.md").read_text()
 

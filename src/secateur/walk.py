@@ -8,7 +8,7 @@ of such lists are calibrated in a forward pass of the whole model, up to their l
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,9 @@ Key = tuple[str, int, int]
 """(``in`` or ``out``, stage, leaf): a tensor that goes into or comes out of a block."""
 
 
+Steps = Generator[None, None, None]
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stop on the way.
@@ -34,19 +37,29 @@ class Stage:
     Attributes:
         name: Of the block, or of what the weights have in common.
         weights: Those that lie in it.
-        run: A forward pass of all calibration data through it, with what it weighs now.
+        passes: Starts a forward pass of all calibration data through it, as it is now, in steps of a batch.
         last: The weight at whose product a pass may end, because no other is met after it (see `Products`).
     """
 
     name: str
     weights: tuple[Weight, ...]
-    run: Callable[[], None]
+    passes: Callable[[], Steps]
     last: str | None = None
+
+    def run(self) -> None:
+        """A forward pass of all calibration data."""
+        for _ in self.passes():
+            pass
 
 
 def walk(
-    model: nn.Module, batches: Sequence[Batch], weights: Sequence[Weight], *, track: Track = quiet
-) -> Iterator[Stage]:
+    model: nn.Module,
+    batches: Sequence[Batch],
+    weights: Sequence[Weight],
+    *,
+    track: Track = quiet,
+    what: str = "pruning, block by block",
+) -> Generator[Stage, None, None]:
     """Visit all weights in the order of the forward pass; change those of a stage before you ask for the next one.
 
     Args:
@@ -54,6 +67,7 @@ def walk(
         batches: calibration data.
         weights: which to visit; each belongs to one stage.
         track: shows progress over the stages.
+        what: is said to be done there.
 
     Yields:
         The stages. Weights that no forward pass reaches come last.
@@ -65,7 +79,7 @@ def walk(
         raise SecateurError("there is no calibration batch: give data")
     with torch.inference_mode(mode=False), evaluating(model), torch.no_grad(), plain_attention():
         route = _Route(model, batches, weights)
-        for stop in track(route.stops, "pruning, block by block"):
+        for stop in track(route.stops, what):
             yield from route.visit(stop)
 
 
@@ -131,15 +145,16 @@ class _Route:
     def visit(self, stop: _Stop) -> Iterator[Stage]:
         if not stop.is_block:
             if stop.weights:
-                yield Stage(stop.name, tuple(stop.weights), lambda: self._whole(stop.until))
+                yield Stage(stop.name, tuple(stop.weights), lambda: whole(self.model, self.batches, stop.until))
             return
         calls = self._fresh(stop) if stop.fresh else self._carried(stop)
         module = self.model.get_submodule(stop.name)
 
-        def once() -> None:
+        def once() -> Steps:
             for args, kwargs in calls():
                 with contextlib.suppress(Enough):
                     module(*args, **kwargs)
+                yield
 
         if stop.weights:
             yield Stage(stop.name, tuple(stop.weights), once, stop.last)
@@ -173,7 +188,8 @@ class _Route:
             found.append(pytree.tree_flatten((args, kwargs)))
             raise Enough
 
-        self._whole(stop.name, take)
+        for _ in whole(self.model, self.batches, stop.name, take):
+            pass
         if len(found) != len(self.batches):
             raise SecateurError(
                 f"{stop.name} runs on {len(found)} of {len(self.batches)} calibration batches: give batches that all "
@@ -186,23 +202,32 @@ class _Route:
                     self.kept.setdefault(key, [_GONE] * len(found))[index] = leaf
         return lambda: (_call(stop, leaves, spec) for leaves, spec in found)
 
-    def _whole(self, until: str | None, hook: Any = None) -> None:
-        """A forward pass of the model on every batch, up to a block."""
 
-        def stop(*_: Any) -> None:
-            raise Enough
+def whole(model: nn.Module, batches: Sequence[Batch], until: str | None = None, hook: Any = None) -> Steps:
+    """A forward pass of the model on every batch, a step for each.
 
-        handle = None
-        if until is not None:
-            module = self.model.get_submodule(until)
-            handle = module.register_forward_pre_hook(hook or stop, with_kwargs=hook is not None, prepend=True)
-        try:
-            for batch in self.batches:
-                with contextlib.suppress(Enough):
-                    run(self.model, batch)
-        finally:
-            if handle is not None:
-                handle.remove()
+    Args:
+        model: to run.
+        batches: calibration data.
+        until: the block at whose start a pass ends.
+        hook: what is called there instead, as a hook before the block, with its keyword arguments.
+    """
+
+    def stop(*_: Any) -> None:
+        raise Enough
+
+    handle = None
+    if until is not None:
+        module = model.get_submodule(until)
+        handle = module.register_forward_pre_hook(hook or stop, with_kwargs=hook is not None, prepend=True)
+    try:
+        for batch in batches:
+            with contextlib.suppress(Enough):
+                run(model, batch)
+            yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def _call(stop: _Stop, leaves: list[Any], spec: Any) -> tuple[Any, Any]:
@@ -210,6 +235,12 @@ def _call(stop: _Stop, leaves: list[Any], spec: Any) -> tuple[Any, Any]:
         leaves = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     return args, kwargs
+
+
+def chain_of(model: nn.Module, batch: Batch) -> list[str]:
+    """Paths of the modules of lists that hand a tensor on from each to the next, in the order of the forward pass."""
+    with torch.inference_mode(mode=False), evaluating(model), torch.no_grad(), plain_attention():
+        return [call.path for call in _chains(model, _record(model, batch, []))]
 
 
 # --- finding the way ---
@@ -370,7 +401,7 @@ def _kind(model: nn.Module, batch: Batch) -> tuple[Any, ...]:
 def _placed(blocks: list[_Stop], events: _Events, weights: Sequence[Weight], around: Mapping[str, str]) -> list[_Stop]:
     """The blocks with their weights, and between them stops for the weights outside."""
     spans = [(stop.name, stop.call.begin, stop.call.end) for stop in blocks if stop.call is not None]
-    between: dict[tuple[int, str], _Stop] = {}
+    between: list[_Stop] = []
     unreached = _Stop("weights that no calibration data reaches", number=len(blocks) + 1)
     for weight in sorted(weights, key=lambda w: events.uses.get(w.name, [0])[0]):
         inside = next((stop for stop in blocks if weight.name.startswith(f"{stop.name}.")), None)
@@ -383,16 +414,18 @@ def _placed(blocks: list[_Stop], events: _Events, weights: Sequence[Weight], aro
         else:
             number = sum(end < first for _, _, end in spans)
             name = around[weight.name]
-            between.setdefault((number, name), _Stop(name, number=number)).weights.append(weight)
+            if not between or (between[-1].number, between[-1].name) != (number, name):
+                between.append(_Stop(name, number=number))  # a name may come again: the order is that of use
+            between[-1].weights.append(weight)
     for stop in blocks:
         met = {w.name: events.uses.get(w.name, []) for w in stop.weights}
         if met and all(len(found) == 1 for found in met.values()):  # so nothing that depends on the data is among them
             stop.last = max(met, key=lambda name: met[name][0])
-    for stop in between.values():
+    for stop in between:
         last = max(events.uses[weight.name][-1] for weight in stop.weights)
         stop.until = next((path for path, begin, _ in spans if begin > last), None)
     for stop in blocks:
         stop.call = None  # it holds activations
-    ordered = sorted([*between.values(), *blocks, unreached], key=lambda stop: (stop.number, stop.is_block))
+    ordered = sorted([*between, *blocks, unreached], key=lambda stop: (stop.number, stop.is_block))
     ends = [place for place, stop in enumerate(ordered) if stop.weights]
     return ordered[: ends[-1] + 1] if ends else []

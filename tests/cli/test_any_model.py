@@ -88,8 +88,9 @@ def test_inspect(place: Path, say: Callable[..., str]) -> None:
 def test_prune_save_load_and_eval(place: Path, say: Callable[..., str]) -> None:
     words = ("--method", "structural", "--criterion", "taylor", "--budget", "macs=50%", "params=60%", *SHAPE)
     data = ("--data", "own_net:batches", "--eval-data", "own_net:batches", "--loss", "own_net:loss")
-    limits = ("--round-to", "channels", 2, "--limits", "conv.channels", 0.5)
+    limits = ("--round-to", "channels", 2, "--limits", "conv.channels", 0.5, "--mend", "none")
     report = json.loads(say("prune", *MODEL, *words, *data, *limits, "--out", "small", "--json"))
+    assert report["mend"] == {"method": "none"}
     dense = 36 * 27 * 16 + 16 * 9 * 16 * 20 + 20 * 4
     assert report["costs"]["macs"]["dense"] == dense
     assert report["costs"]["macs"]["pruned"] <= dense / 2

@@ -81,7 +81,7 @@ def test_people_see_the_ranking_and_the_cost(work: Path, tmp_path: Path, capsys:
 
 
 def test_exact_dims_and_the_plan_beside_them(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = report(capsys, prune(work, tmp_path / "deep/out", *EXACT, "--json"))
+    found = report(capsys, prune(work, tmp_path / "deep/out", *EXACT, "--mend", "none", "--json"))
     assert found["sizes"]["intermediate_size"] == {"dense": 80, "pruned": 40}
     assert found["budget"] == DIMS
     assert "measured" not in found
@@ -172,10 +172,21 @@ def test_budgets_given_one_by_one_all_hold(work: Path, tmp_path: Path, capsys: p
 
 
 def test_a_sorted_model_keeps_its_first_units(work: Path, tmp_path: Path) -> None:
-    assert prune(work, tmp_path / "out", *EXACT, "--presorted") == 0
+    assert prune(work, tmp_path / "out", *EXACT, "--presorted", "--mend", "none") == 0
     dense, pruned = (load_file(f / "model.safetensors") for f in (work / "dense", tmp_path / "out"))
     name = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(pruned[name], dense[name][:, :40])
+
+
+def test_the_cut_is_repaired_on_the_data(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prune(work, tmp_path / "plain", *EXACT, "--mend", "none") == 0
+    assert "repaired: " not in capsys.readouterr().out
+    assert prune(work, tmp_path / "out", *EXACT) == 0
+    assert "repaired: 1 weights by least squares on" in capsys.readouterr().out
+    plain, mended = (load_file(tmp_path / f / "model.safetensors") for f in ("plain", "out"))
+    assert [n for n in plain if not torch.equal(plain[n], mended[n])] == ["model.layers.0.mlp.down_proj.weight"]
+    assert prune(work, tmp_path / "no", *EXACT, "--mend", "biass") == 2
+    assert "there is no repair 'biass'; did you mean 'bias'" in capsys.readouterr().err
 
 
 # Scores

@@ -242,7 +242,7 @@ def test_an_existing_result_stays(refused: Callable[..., str], work: Path, tmp_p
     assert "is a file, and a result is a folder" in refused(*EXACT, out=str(tmp_path / "file"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("do not delete")
-    assert "it is no model folder" in refused(*EXACT, "--overwrite", out=str(tmp_path / "mine"))
+    assert "it is no result" in refused(*EXACT, "--overwrite", out=str(tmp_path / "mine"))
     assert "holds the model that is being pruned" in refused(*EXACT, "--overwrite", out="dense")
     # The old result also outlives a run that fails later.
     assert "is above the current size" in refused(*dims(ffn=99), "--overwrite", out=str(old))

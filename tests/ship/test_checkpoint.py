@@ -357,7 +357,7 @@ def test_nothing_else_is_ever_deleted(tmp_path: Path, monkeypatch: pytest.Monkey
         ("~", "~: will not be overwritten, because the home folder is in it"),
         (str(tmp_path), "because the home folder is in it"),
         (str(work), "because the working folder is in it"),
-        (str(notes), "because it is no model folder"),
+        (str(notes), "because it is no result"),
         (str(project), r"because it holds other folders \(src\)"),
         (str(file), "is a file, and a result is a folder"),
         (str(file / "out"), "cannot be made, because .*file is a file"),

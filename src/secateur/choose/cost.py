@@ -108,7 +108,7 @@ def polynomials(
             add("memory", parameter.size, workload.itemsize(parameter.dtype))
     for cache in space.caches:
         if not f"{cache.module}.".startswith(out):
-            per_position = workload.batch * workload.itemsize(_cache_dtype(space))
+            per_position = workload.batch * workload.itemsize(cache_dtype(space))
             add("memory", cache.size, per_position * workload.positions(cache.module))
     for work in space.work:
         if not f"{work.module}.".startswith(out):
@@ -143,7 +143,7 @@ def active_sizes(space: Space) -> dict[str, Polynomial]:
     return found
 
 
-def _cache_dtype(space: Space) -> torch.dtype:
+def cache_dtype(space: Space) -> torch.dtype:
     """The cache is kept in the type of the weights: the commonest one counts."""
     return Counter(parameter.dtype for parameter in space.parameters.values()).most_common(1)[0][0]
 

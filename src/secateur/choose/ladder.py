@@ -126,7 +126,7 @@ def settle(order: Levels, meter: Meter, limits: Mapping[str, float]) -> Levels:
 
     low, high = 0, len(order)
     if not fits(after(high)):
-        raise SecateurError(_unreachable(meter(after(0)), meter(after(high)), limits))
+        raise SecateurError(unreachable(meter(after(0)), meter(after(high)), limits))
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(after(middle)) else (middle + 1, high)
@@ -177,13 +177,15 @@ def _give_back(
             closed.add(best)  # the others only make it dearer
 
 
-def _unreachable(dense: Mapping[str, float], smallest: Mapping[str, float], limits: Mapping[str, float]) -> str:
+def unreachable(dense: Mapping[str, float], smallest: Mapping[str, float], limits: Mapping[str, float]) -> str:
+    """That limits cannot be met, and what can: measure -> cost of the dense and of the smallest, and the limit."""
     parts = []
     for measure, limit in limits.items():
         floor, whole = smallest[measure], dense[measure]
         missed = ", which is above the limit" if floor > limit else ""
         share = f" ({100 * floor / whole:.1f}% of the dense)" if whole else ""
-        parts.append(f"{measure}={limit:,.0f}: the smallest reachable is {floor:,.0f}{share}{missed}")
+        shown = ".6g" if measure == "latency" else ",.0f"
+        parts.append(f"{measure}={limit:{shown}}: the smallest reachable is {floor:{shown}}{share}{missed}")
     return f"the budget cannot be met ({'; '.join(parts)})"
 
 

@@ -12,18 +12,22 @@ from rich.console import Console
 from secateur.cli import apply as apply_verb
 from secateur.cli import eval as eval_verb
 from secateur.cli import inspect as inspect_verb
+from secateur.cli import profile as profile_verb
 from secateur.cli import prune as prune_verb
 from secateur.cli import run as run_verb
 from secateur.cli import stats as stats_verb
+from secateur.cli import survey as survey_verb
 from secateur.errors import SecateurError, nearest
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], Any], str]] = {
     "inspect": (inspect_verb.run, "show what can be cut of a model, and what is frozen and why"),
     "prune": (prune_verb.run, "cut a model to a budget and save the smaller one"),
+    "survey": (survey_verb.run, "find out once what every cut would lose; then any budget is served without data"),
     "run": (run_verb.run, "run a recipe: prune, fine-tune, adapt and measure, in the steps of a YAML file"),
     "apply": (apply_verb.run, "make a saved plan again, or thin it out otherwise, on these weights"),
     "eval": (eval_verb.run, "measure a model, and what it lost against the dense one"),
     "stats": (stats_verb.run, "show the zeros of the weights, and what they could save"),
+    "profile": (profile_verb.run, "measure how long a model and its parts take on this device"),
 }
 
 

@@ -19,7 +19,7 @@ from secateur.load.functions import find_function, is_constructor
 from secateur.measure.choice import load_questions
 from secateur.measure.quality import choice_metric, load_metric, perplexity_metric
 from secateur.methods import MASKING, METHODS
-from secateur.methods.verbs import batches_of, needs_data, prune
+from secateur.methods.verbs import batches_of, check_repair, needs_data, prune
 from secateur.ship import save
 from secateur.ship.checkpoint import check_out, why_not_stock
 
@@ -57,6 +57,9 @@ class Arguments:
     the model), or module:function that returns batches. Minitron takes self where nothing is given."""
     eval_data: str | None = None
     """Held-out data to measure the model on before and after; nothing is measured without."""
+    mend: str | None = None
+    """How a structural cut is repaired on --data: least_squares, bias or none. least_squares where there is data,
+    unless the method says otherwise."""
     adapt_batch_norm: bool = False
     """Estimate the statistics of batch norms anew, on --data, after the cut: CNNs need it."""
     overwrite: bool = False
@@ -115,7 +118,7 @@ def run(words: Sequence[str]) -> None:
         options["stored_dtype"] = source.dtype
     result = prune(
         model, budget, method=method, data=rows, eval_data=held_out, inputs=inputs, name=arguments.model, track=track,
-        adapt_batch_norm=arguments.adapt_batch_norm, **options,
+        mend=arguments.mend, adapt_batch_norm=arguments.adapt_batch_norm, **options,
     )  # fmt: skip
     report = {**result.report, "data": {"calibration": used, "evaluation": arguments.eval_data}}
     if source is not None and source.unused:
@@ -143,6 +146,7 @@ def _check(arguments: Arguments, method: str) -> Budget:
         raise SecateurError("give either --budget, such as params=70%, or exact --dims")
     if arguments.eval_data == "self":
         raise SecateurError("--eval-data self would measure the model on its own words: give held-out data")
+    check_repair(arguments.mend, method, has_data=arguments.data is not None)
     check_sources(arguments.model, data=arguments.data, eval_data=arguments.eval_data)
     taken = inspect.signature(METHODS[method]).parameters
     if is_constructor(arguments.model) and "inputs" not in taken:
@@ -215,6 +219,8 @@ def _shown(arguments: Arguments) -> dict[str, Any]:
 def _draw(console: Console, report: dict[str, Any], out: Path, how_to_load: str) -> None:
     if "search" in report:
         tables.candidates(console, report["search"])
+    if "levels" in report:
+        tables.front(console, report)
     rows = _masks(report) if "sparsity" in report else _sizes(report) + _costs(report["costs"])
     if "measured" in report:
         rows += _measured(report["measured"])
@@ -231,6 +237,8 @@ def _draw(console: Console, report: dict[str, Any], out: Path, how_to_load: str)
     if report.get("more_damping"):
         worst = max(report["more_damping"].values())
         console.print(f"{len(report['more_damping'])} weights took more damping than asked for, up to {worst:g}")
+    if report.get("mend", {}).get("method", "none") != "none":
+        console.print(_mended(report["mend"]), soft_wrap=True)
     if "batch_norms_adapted" in report:
         console.print(f"the statistics of {report['batch_norms_adapted']} batch norms were estimated anew")
     if "sparsity" in report:
@@ -241,6 +249,17 @@ def _draw(console: Console, report: dict[str, Any], out: Path, how_to_load: str)
         )
     console.print("Nothing was trained after the cut: distilling or fine-tuning will win much of the loss back.")
     console.print(f"saved in {out} (report.json, plan.json, and {how_to_load})", soft_wrap=True)
+
+
+def _mended(told: dict[str, Any]) -> str:
+    """What the repair came to, in one line."""
+    weights, left = told["weights"], len({**told.get("left", {}), **dict.fromkeys(told.get("no_bias", []))})
+    rest = f"; {left} weights that lost inputs are as they were cut (report.json names them)" if left else ""
+    if told["method"] == "bias":
+        return f"repaired: the mean of what is lost was put into the biases of {len(weights)} weights{rest}"
+    before, after = (sum(w[key] for w in weights.values()) / max(1, len(weights)) for key in ("before", "after"))
+    missed = f"they miss {100 * after:.1f}% of what the dense model has there, and missed {100 * before:.1f}%"
+    return f"repaired: {len(weights)} weights by least squares on {told['samples']:,} samples; {missed}{rest}"
 
 
 def _sizes(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -54,3 +54,25 @@ def candidates(console: Console, search: Mapping[str, Any]) -> None:
     columns = ("rank", *search["kinds"], *counts, "memory", "expected KL", search["score"])
     what = f"{len(rows)} of {search['feasible']:,} architectures within the budget, by expected KL"
     table(console, f"{what}; measured: {search['score']} ({better} is better)", columns, rows)
+
+
+def front(console: Console, report: Mapping[str, Any]) -> None:
+    """What a search over levels expects at several budgets, and what it chose."""
+    found, target = report["levels"], report["target"]
+    measure = next(iter(target))
+    rows = [
+        (f"{100 * point['share']:.0f}% of the dense", f"{point[measure]:,.6g}", f"{point['expected']:.4f}", "")
+        for point in found["front"]
+    ]
+    chosen = [f"{reached['reached']:,.6g}" for reached in target.values()]
+    measured = f"{found['measured']:.4f}" if "measured" in found else ""
+    rows.append(("chosen", " / ".join(chosen), f"{found['expected']:.4f}", measured))
+    columns = ("budget", " / ".join(target), "expected loss", f"measured {found.get('measure', '')}".strip())
+    table(console, "Least loss at several budgets (before the last repair)", columns, rows)
+    for measure, reached in target.items():
+        if measure == "latency":
+            told = report["latency"]
+            console.print(
+                f"latency: predicted {1e3 * told['predicted']:.3f} ms, measured {1e3 * told['measured']:.3f} ms "
+                f"(dense {1e3 * told['dense']:.3f} ms, limit {1e3 * reached['limit']:.3f} ms)"
+            )

@@ -47,6 +47,8 @@ def apply(model: nn.Module, plan: Plan, *, space: Space | None = None, inputs: I
     """
     if plan.only_masks:
         return masked(model, plan.masks)
+    if plan.origin.get("basis"):
+        raise SecateurError(f"the plan counts units of a {plan.origin['basis']} stream: load its own result instead")
     if inputs is None:
         inputs = example_inputs(model)  # the cut model is traced with the same shapes as the dense one
     space = space or discover(model, inputs)

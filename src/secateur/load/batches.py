@@ -1,6 +1,6 @@
 """Batches of any model: token rows, (inputs, targets) pairs, or mappings of arguments; and the loss of one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,3 +129,25 @@ def class_loss(logits: torch.Tensor, targets: torch.Tensor, hint: str, *, reduct
     if targets.shape == logits.shape[:-1]:
         logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     return functional.cross_entropy(logits.float(), targets, reduction=reduction)
+
+
+def first_samples(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """The first samples, in the batches that they come in; the last batch is cut where it holds too many."""
+    found: list[Batch] = []
+    for batch in batches:
+        if count <= 0:
+            break
+        size = size_of(batch)
+        found.append(batch if size <= count else _some(batch, slice(count)))
+        count -= size
+    return found
+
+
+def _some(batch: Batch, which: slice) -> Batch:
+    if isinstance(batch, torch.Tensor):
+        return batch[which]
+    if len(samples_of(batch)) == 1:  # its tensors do not agree on how many samples there are
+        return batch
+    if isinstance(batch, Mapping):
+        return {name: value[which] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    return tuple(value[which] if isinstance(value, torch.Tensor) else value for value in batch)

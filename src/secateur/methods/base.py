@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from secateur.choose.plan import Plan
 from secateur.choose.rescore import MaskScores
@@ -26,3 +27,7 @@ class Decision:
     """What the method repaired: parameters of the cut model and their new values."""
     scores: MaskScores | None = None
     """What masks were chosen by, where the method was asked to keep that."""
+    base: nn.Module | None = None
+    """What the plan cuts, where that is not the model itself but the same function in another basis."""
+    mend: str | None = None
+    """How the cut is repaired where the user does not say; None = least squares where there is data."""

@@ -23,7 +23,7 @@ from secateur.errors import SecateurError, nearest
 from secateur.load.batches import Batch
 from secateur.load.mode import evaluating
 from secateur.load.model import sliding_window
-from secateur.methods.structural import MEASURES
+from secateur.methods.ranking import MEASURES
 from secateur.methods.verbs import Data, batches_of, budget_of, plan, prune
 from secateur.progress import Track, quiet
 from secateur.space.trace import Inputs

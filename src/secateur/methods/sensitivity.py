@@ -1,7 +1,7 @@
 """Measure what single cuts cost: one probe for each kind of axis, and layers dropped one after the other."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,10 +14,13 @@ from secateur.errors import SecateurError
 from secateur.progress import Track, quiet
 from secateur.score.activation import Scores
 from secateur.space import Space
+from secateur.space.trace import Inputs
 
 Ladder = Sequence[tuple[tuple[str, ...], float]]
 """For 0, 1, 2... dropped layers: which, and the KL of dropping just them, in nats per token."""
 
+Trial = tuple[float, int, tuple[str, ...]]
+"""Distance from the dense model, rank of the block that went among the proposed, and all blocks that are gone."""
 PROPOSALS = 3
 """Layers of the lowest block influence that are really measured before one is dropped."""
 
@@ -96,24 +99,54 @@ def drop_layers(
         For 0, 1, 2... dropped layers, `count` where that many can go: their names in the model's order, and the KL.
     """
     order = [layer.name for layer in space.layers()]
-    cached = {cache.block for cache in space.caches}
     ladder: list[tuple[tuple[str, ...], float]] = [((), 0.0)]
     for _ in range(count):
         gone = ladder[-1][0]
         left = sorted((name for name in order if name not in gone), key=lambda name: (scores.blocks[name], name))
-        trials: list[tuple[float, int, tuple[str, ...]]] = []
-        for rank, name in enumerate(track(left, f"dropping layer {len(gone) + 1} of {count}")):
-            trial = tuple(layer for layer in order if layer in gone or layer == name)
-            if cached and cached <= set(trial):
-                continue
-            try:
-                trials.append((kl(apply(model, Plan(dropped=trial), space=space)), rank, trial))
-            except SecateurError:
-                continue
-            if len(trials) == PROPOSALS:
-                break
+        shown = track(left, f"dropping layer {len(gone) + 1} of {count}")
+        trials = tried_removals(model, space, order, gone, shown, kl, PROPOSALS)
         if not trials:
             return ladder
         best = min(trials)
         ladder.append((best[2], best[0]))
     return ladder
+
+
+def tried_removals(
+    model: nn.Module,
+    space: Space,
+    order: Sequence[str],
+    gone: Sequence[str],
+    proposed: Iterable[str],
+    distance: Callable[[nn.Module], float],
+    count: int,
+    inputs: Inputs = None,
+) -> list[Trial]:
+    """Take one block more out of a model, for each of those that are proposed, and measure what is left.
+
+    Args:
+        model: the dense model.
+        space: its Space.
+        order: names of all blocks that may go, in the order in which they are told.
+        gone: those that are gone already; parts of a proposed block are told with it no more.
+        proposed: blocks, the likeliest first. One that the model cannot be without is passed over.
+        distance: from the dense model.
+        count: how many are measured at most; 0 = all.
+        inputs: as for `apply`.
+
+    Returns:
+        (distance, rank among the proposed, names of all that is gone then), in the order of the proposals.
+    """
+    trials: list[Trial] = []
+    for rank, name in enumerate(proposed):
+        trial = tuple(b for b in order if b == name or (b in gone and not b.startswith(f"{name}.")))
+        out = tuple(f"{block}." for block in trial)
+        if space.caches and all(f"{cache.module}.".startswith(out) for cache in space.caches):
+            continue
+        try:
+            trials.append((distance(apply(model, Plan(dropped=trial), space=space, inputs=inputs)), rank, trial))
+        except SecateurError:
+            continue
+        if len(trials) == count:
+            break
+    return trials

@@ -13,20 +13,29 @@ import torch
 from torch import nn
 
 from secateur.choose.budget import Budget
-from secateur.choose.cost import Workload, polynomials
-from secateur.choose.ladder import Ladder, Levels, Meter, in_order, ladder, plan_of, settle
-from secateur.choose.select import check_divisors, choose_axes, divisor_of, least_units
+from secateur.choose.cost import Workload
+from secateur.choose.ladder import Ladder, Meter, in_order, plan_of
+from secateur.choose.select import choose_axes
 from secateur.cut.prove import discover
 from secateur.errors import SecateurError, nearest
 from secateur.load.batches import Batch, size_of
 from secateur.load.model import sliding_window
 from secateur.methods.base import Decision
+from secateur.methods.ranking import (
+    by_mean,
+    check_finite,
+    check_limits,
+    is_pretrained,
+    limited,
+    range_of,
+    settled,
+    together,
+)
 from secateur.progress import Track, quiet
 from secateur.score import gradients, reads, weights
-from secateur.space import Axis, Polynomial, Space
+from secateur.space import Axis, Space
 from secateur.space.trace import Inputs
 
-MEASURES = ("params", "active_params", "macs", "flops", "memory")
 FROM_WEIGHTS = ("magnitude_l2", "magnitude_l1", "batch_norm", "lamp", "fpgm", "random")
 FROM_DATA = ("taylor", "taylor_squared", "fisher", "activation")
 COMPARABLE = ("lamp", "random")
@@ -94,52 +103,23 @@ def structural(
     begin = time.perf_counter()
     space = discover(model, inputs)
     traced = time.perf_counter()
-    modules = [name for name, _ in model.named_modules()]
-    axes = choose_axes(space, modules, only, ignore)
-    check_divisors(round_to, [axis.kind for axis in axes])
-    least = least_units(space, modules, axes, keep_at_least, limits or {})
+    axes = choose_axes(space, [name for name, _ in model.named_modules()], only, ignore)
+    within = range_of(model, space, axes, keep_at_least, limits, round_to)
     workload = Workload(kv_batch, kv_seq_len, sliding_window(getattr(model, "config", None)), stored_dtype)
-    costs, allowed = _limits(space, workload, budget)
-    scores = _scores(model, space, axes, data, criterion, loss, seed, track)
+    costs, allowed = limited(space, workload, budget)
+    scores = criterion_scores(model, space, axes, data, criterion, loss, seed, track)
     scored = time.perf_counter()
     divide = scope == "global" and criterion not in COMPARABLE if normalize is None else normalize
-    alike = uniform if uniform is not None else hasattr(type(model), "from_pretrained")
-    compared = {name: _by_mean(values) if divide else values for name, values in scores.items()}
-    ladders = _ladders(_together(axes, alike), compared, least, round_to)
-    levels, reached = _settled(ladders, _classes(ladders, space, model, scope), Meter(space, ladders, costs), allowed)
+    alike = uniform if uniform is not None else is_pretrained(model)
+    compared = {name: by_mean(values) if divide else values for name, values in scores.items()}
+    ladders = within.ladders(together(axes, alike), compared)
+    order = in_order(ladders, _classes(ladders, space, model, scope))
+    levels, reached = settled(order, Meter(space, ladders, costs), allowed)
     seconds = {"tracing": traced - begin, "scoring": scored - traced, "ranking": time.perf_counter() - scored}
     samples = sum(map(size_of, data)) if criterion in FROM_DATA else 0
     told = {"criterion": criterion, "scope": scope, "normalized": divide, "uniform": alike, "target": reached}
     details = {**told, "calibration": {"samples": samples}, "seconds": seconds}
     return Decision(plan_of(ladders, levels, scores), space, details)
-
-
-def _ladders(
-    groups: Sequence[Sequence[Axis]],
-    scores: Mapping[str, torch.Tensor],
-    least: Mapping[str, int],
-    round_to: int | Mapping[str, int] | None,
-) -> list[Ladder]:
-    """One for each group of axes that go down in lockstep, where anything may go."""
-    every = [
-        ladder(group, scores, max(least[axis.name] for axis in group), divisor_of(group[0], round_to))
-        for group in groups
-    ]
-    found = [one for one in every if len(one.sizes) > 1]
-    if not found:
-        raise SecateurError("keep_at_least, limits and round_to leave nothing to cut: allow more")
-    return found
-
-
-def _settled(
-    ladders: Sequence[Ladder], classes: Sequence[Hashable], meter: Meter, allowed: Mapping[str, float]
-) -> tuple[Levels, dict[str, dict[str, float]]]:
-    """How far each ladder goes, and for each limit what is reached."""
-    try:
-        levels = settle(in_order(ladders, classes), meter, allowed)
-    except SecateurError as error:
-        raise SecateurError(f"{error}; allow more: a lower keep_at_least, fewer limits, ignore or only") from None
-    return levels, {m: {"limit": limit, "reached": meter(levels)[m]} for m, limit in allowed.items()}
 
 
 def _check(criterion: str, scope: str, budget: Budget, data: Sequence[Batch], loss: Any) -> None:
@@ -154,38 +134,18 @@ def _check(criterion: str, scope: str, budget: Budget, data: Sequence[Batch], lo
         )
     if loss is not None and criterion not in ("taylor", "taylor_squared", "fisher"):
         raise SecateurError(f"criterion {criterion} takes no loss; taylor, taylor_squared and fisher do")
-    if budget.dims:
-        raise SecateurError("structural takes a budget, such as macs=50%, and no exact dims")
-    unserved = [m for m in budget.limits if m not in MEASURES] + (["n:m"] if budget.n_m else [])
-    if unserved or not budget.limits:
-        what = f"a budget of {unserved[0]} is not served by structural" if unserved else "no budget is given"
-        raise SecateurError(f"{what}: it takes {', '.join(MEASURES)}")
+    check_limits("structural", budget)
 
 
-def _limits(space: Space, workload: Workload, budget: Budget) -> tuple[dict[str, Polynomial], dict[str, float]]:
-    """The polynomials of what the budget limits, and the limits in their units."""
-    costs = dict(polynomials(space, workload))
-    costs["flops"] = {names: 2 * count for names, count in costs["macs"].items()}
-    if "active_params" in budget.limits and "active_params" not in costs:
-        if space.routers:
-            raise SecateurError("a budget of active_params is not served by structural for models with experts")
-        costs["active_params"] = costs["params"]
-    for measure in budget.limits:
-        if not costs[measure]:
-            raise SecateurError(f"the budget limits {measure}, and the model has none that are counted")
-    costs = {measure: costs[measure] for measure in budget.limits}
-    dense = Meter(space, [], costs)(torch.zeros(0, dtype=torch.int64).numpy())
-    allowed = {measure: limit.absolute(dense[measure]) for measure, limit in budget.limits.items()}
-    if all(dense[measure] <= limit for measure, limit in allowed.items()):
-        have = ", ".join(f"{dense[m]:,.0f} {m}" for m in allowed)
-        raise SecateurError(f"the model keeps the budget {budget} already ({have}): nothing would be cut")
-    return costs, allowed
-
-
-def _scores(
+def criterion_scores(
     model: nn.Module, space: Space, axes: Sequence[Axis], data: Sequence[Batch], criterion: str,
     loss: Callable[[nn.Module, Any], torch.Tensor] | None, seed: int, track: Track,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
+    """What units are worth by a criterion of this name: axis -> [size].
+
+    Raises:
+        SecateurError: for scores that are not finite; see `score` for what else.
+    """
     match criterion:
         case "magnitude_l1" | "magnitude_l2":
             found = weights.magnitude(model, space, axes, p=int(criterion[-1]))
@@ -202,25 +162,8 @@ def _scores(
         case _:
             function = {"taylor": gradients.taylor, "taylor_squared": gradients.taylor_squared}
             found = function.get(criterion, gradients.fisher)(model, space, data, axes, loss=loss, track=track)
-    for name, values in found.items():
-        if not bool(torch.isfinite(values).all()):
-            raise SecateurError(f"criterion {criterion}: scores of {name} are not finite: check the weights and dtype")
+    check_finite(found, f"criterion {criterion}")
     return found
-
-
-def _by_mean(values: torch.Tensor) -> torch.Tensor:
-    mean = values.double().mean()
-    return values.double() / mean if mean > 0 else values.double()
-
-
-def _together(axes: Sequence[Axis], alike: bool) -> list[list[Axis]]:
-    """Axes that go down in lockstep: with `alike`, those of one kind and shape in all layers; else each alone."""
-    found: dict[Hashable, list[Axis]] = {}
-    for axis in axes:
-        shared = alike and axis.block is not None
-        key = (axis.kind, axis.size, axis.groups, axis.minimum) if shared else axis.name
-        found.setdefault(key, []).append(axis)
-    return list(found.values())
 
 
 def _classes(ladders: Sequence[Ladder], space: Space, model: nn.Module, scope: str) -> list[Hashable]:

@@ -22,7 +22,8 @@ from secateur.load.model import fingerprint
 from secateur.measure.classify import classify, compare_classes, labelled
 from secateur.measure.quality import Reference, compare, perplexity
 from secateur.mend.batch_norm import adapt_batch_norm as estimate_anew
-from secateur.methods import METHODS, Decision
+from secateur.methods import MASKING, METHODS, Decision
+from secateur.methods.repair import check_mend, repair
 from secateur.methods.reporting import report_of
 from secateur.progress import Track, quiet
 from secateur.space.trace import Inputs
@@ -140,21 +141,29 @@ def decide(
     **options: Any,
 ) -> Decision:
     """As `plan`, with the Space and the details of how the decision came about."""
+    own, loading = _parted(method, options, inputs)
+    parsed = budget_of(budget)
+    rows = _calibration(model, method, data, loading, track)
+    return METHODS[method](model, parsed, rows, track=track, **own)
+
+
+def _parted(method: str, options: Mapping[str, Any], inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a method, and of how data is read."""
     if method not in METHODS:
         raise SecateurError(f"there is no method {method!r}{nearest(method, METHODS)}")
     parameters = inspect.signature(METHODS[method]).parameters
     known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
-    if inputs is not None:
-        options["inputs"] = inputs
-    for name in options:
+    given = dict(options) if inputs is None else {**options, "inputs": inputs}
+    for name in given:
         if name not in known and name not in _LOADING:
             raise SecateurError(f"{method} has no option {name!r}{nearest(name, [*known, *_LOADING])}")
-    parsed = budget_of(budget)
-    loading = {name: options[name] for name in _LOADING if name in options}
-    own = {name: value for name, value in options.items() if name in known}
-    without = data is None and not needs_data(method)
-    rows = [] if without else batches_of(model, data, track=track, **loading)
-    return METHODS[method](model, parsed, rows, track=track, **own)
+    own = {name: value for name, value in given.items() if name in known}
+    return own, {name: given[name] for name in _LOADING if name in given}
+
+
+def _calibration(model: nn.Module, method: str, data: Data, loading: Mapping[str, Any], track: Track) -> list[Batch]:
+    """The batches that a method gets; none where it is given none and can do without."""
+    return [] if data is None and not needs_data(method) else batches_of(model, data, track=track, **loading)
 
 
 def needs_data(method: str) -> bool:
@@ -174,28 +183,38 @@ def plan(model: nn.Module, budget: Budget | str | Sequence[str] | Mapping[str, i
     Raises:
         SecateurError: for bad input; see the method.
     """
-    return decide(model, budget, **options).plan
+    decision = decide(model, budget, **options)
+    if decision.base is not None:
+        raise SecateurError("a plan in another basis (rotate) means nothing without its weights: use prune")
+    return decision.plan
 
 
 def prune(
     model: nn.Module,
     budget: Budget | str | Sequence[str] | Mapping[str, int],
     *,
+    method: str = "minitron",
+    data: Data = None,
     eval_data: Data = None,
+    mend: str | None = None,
     adapt_batch_norm: bool = False,
     inputs: Inputs = None,
     name: str = "",
     track: Track = quiet,
     **options: Any,
 ) -> Result:
-    """Decide a plan, apply it, and measure what it cost: plan + apply + evaluate.
+    """Decide a plan, apply it, repair what is left, and measure what it cost: plan + apply + repair + evaluate.
 
     Args:
         model: the dense model; it stays as it is.
         budget: as for `plan`.
+        method: as for `plan`.
+        data: calibration data, as for `plan`; read once, for the decision and for the repair.
         eval_data: what is measured on: perplexity, KL and agreement of a language model; accuracy, loss and agreement
             of a classifier, where batches are (inputs, targets) or have one label for each sample; None = nothing is.
-        adapt_batch_norm: estimate the statistics of batch norms anew, on the data, after the cut.
+        mend: how a structural cut is repaired: least_squares, bias or none (see `methods.repair`). None = as the
+            method says, which is least_squares, where there is data, unless it repairs by itself.
+        adapt_batch_norm: estimate the statistics of batch norms anew, on the data, after the cut and the repair.
         inputs: arguments of one forward pass (a tensor, a tuple, a mapping), for what is no Hugging Face model.
         name: the model's folder or hub id, for the report.
         track: shows progress.
@@ -205,45 +224,69 @@ def prune(
         SecateurError: for bad input.
     """
     begin = time.perf_counter()
-    loading = {name: options[name] for name in _LOADING if name in options and name != "samples"}
-    held_out = None if eval_data is None else batches_of(model, eval_data, track=track, **loading)
+    check_repair(mend, method, has_data=data is not None)
+    if adapt_batch_norm and data is None:
+        raise SecateurError("adapt_batch_norm needs data: give batches of what the model is made for")
+    own, loading = _parted(method, options, inputs)
+    every = {name: value for name, value in loading.items() if name != "samples"}
+    held_out = None if eval_data is None else batches_of(model, eval_data, track=track, **every)
     parsed = budget_of(budget)
-    if adapt_batch_norm:
-        if options.get("data") is None:
-            raise SecateurError("adapt_batch_norm needs data: give batches of what the model is made for")
-        options["data"] = batches_of(model, options["data"], track=track, **loading)
-    decision = decide(model, parsed, inputs=inputs, track=track, **options)
-    pruned = _repaired(apply(model, decision.plan, space=decision.space, inputs=inputs), decision)
-    adapted = estimate_anew(pruned, options["data"], track=track) if adapt_batch_norm else 0
+    statistics = batches_of(model, data, track=track, **every) if adapt_batch_norm else []
+    rows = _calibration(model, method, statistics or data, loading, track)
+    decision = METHODS[method](model, parsed, rows, track=track, **own)
+    base = decision.base or model
+    pruned = apply(base, decision.plan, space=decision.space, inputs=inputs)
+    mended = _repaired(base, pruned, decision, mend, rows, track)
+    adapted = estimate_anew(pruned, statistics, track=track) if adapt_batch_norm else 0
     measured = None if held_out is None else _compared(pruned, model, held_out, track)
     origin = {
         "model": name or type(model).__name__,
         "fingerprint": fingerprint(model),
-        "method": str(options.get("method", "minitron")),
+        "method": method,
         "budget": str(parsed),
         "secateur": importlib.metadata.version("secateur"),
+        **({"basis": "rotated"} if decision.base is not None else {}),
     }
     decided = Plan(decision.plan.kept, decision.plan.dropped, decision.plan.masks, origin)
     report = report_of(model, pruned, decided, decision, options, measured)
     if adapted:
         report["batch_norms_adapted"] = adapted
-    needed = needs_data(str(options.get("method", "minitron")))
-    report["data"] = {
-        "calibration": _data_name(options.get("data")) if needed or options.get("data") is not None else None
-    }
+    if mended is not None:
+        report["mend"] = mended
+    report["data"] = {"calibration": _data_name(data) if needs_data(method) or data is not None else None}
     if eval_data is not None:
         report["data"]["evaluation"] = _data_name(eval_data)
     report["seconds"] = {**report["seconds"], "total": time.perf_counter() - begin}
     return Result(pruned, decided, report, decision.scores)
 
 
-@torch.no_grad()
-def _repaired(pruned: nn.Module, decision: Decision) -> nn.Module:
-    """The pruned model with the weights that the method repaired."""
+def check_repair(mend: str | None, method: str, *, has_data: bool) -> None:
+    """Raise SecateurError for a repair that there is not, or that has nothing to work on or with."""
+    if mend is not None:
+        check_mend(mend)
+    if mend in (None, "none") or method not in METHODS:
+        return
+    if method in MASKING:
+        raise SecateurError(f"mend {mend} repairs structural cuts, and {method} makes masks: leave it out")
+    if not has_data and not needs_data(method):
+        raise SecateurError(f"mend {mend} needs calibration data: give data, or mend none")
+
+
+def _repaired(
+    dense: nn.Module, pruned: nn.Module, decision: Decision, mend: str | None, rows: Sequence[Batch], track: Track
+) -> dict[str, Any] | None:
+    """Repair the pruned model, in place: with the method's own weights, then in closed form; what the report tells."""
     parameters = dict(pruned.named_parameters())
-    for name, values in decision.weights.items():
-        parameters[name].copy_(values)
-    return pruned
+    with torch.no_grad():
+        for name, values in decision.weights.items():
+            parameters[name].copy_(values)
+    plan = decision.plan
+    if plan.only_masks or not (plan.kept or plan.dropped):
+        return None
+    way = mend or decision.mend or "least_squares"
+    if not rows and mend is None:
+        way = "none"
+    return repair(dense, pruned, plan, decision.space, rows, mend=way, track=track)
 
 
 def _compared(pruned: nn.Module, dense: nn.Module, batches: Sequence[Any], track: Track) -> dict[str, Any]:

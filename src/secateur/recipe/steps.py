@@ -21,6 +21,7 @@ from secateur.measure.quality import perplexity
 from secateur.mend import batch_norm
 from secateur.methods import METHODS, verbs
 from secateur.methods import iterative as in_steps
+from secateur.methods.repair import MENDS
 from secateur.progress import Track
 from secateur.recipe.options import BudgetText, Calibration, HeldOut, at_least, names_function, one_of
 
@@ -76,7 +77,8 @@ class Made:
 
 def prune(
     work: Work, *, budget: BudgetText, method: Annotated[str, one_of(METHODS)] = "minitron",
-    data: Calibration | None = None, eval_data: HeldOut | None = None, **options: Any,
+    data: Calibration | None = None, eval_data: HeldOut | None = None,
+    mend: Annotated[str, one_of(MENDS)] | None = None, **options: Any,
 ) -> Made:  # fmt: skip
     """Cut once, as ``secateur prune`` does; with `eval_data`, measure what that cost."""
     reading, own = _parted(options)
@@ -88,7 +90,7 @@ def prune(
     held_out = None if eval_data is None else _rows(work, "eval_data", eval_data, reading | {"samples": None})
     result = verbs.prune(
         work.model, budget, method=method, data=_rows(work, "data", used, reading), eval_data=held_out,
-        inputs=work.inputs if "inputs" in taken else None, name=work.name, track=work.track, **own,
+        inputs=work.inputs if "inputs" in taken else None, name=work.name, track=work.track, mend=mend, **own,
     )  # fmt: skip
     report = {**result.report, "data": {"calibration": used, "evaluation": eval_data}}
     report["spent"] = report.pop("seconds")  # the parts of it
@@ -104,7 +106,8 @@ def iterative(
     steps: Annotated[int, at_least(1)] = 5, schedule: Annotated[str, one_of(SCHEDULES)] = "cubic",
     epochs_per_step: Annotated[int, at_least(1)] = 1, evaluate: in_steps.Metric | None = None,
     higher_is_better: bool = True, tolerance: Annotated[float, at_least(0)] | None = None,
-    data: Calibration | None = None, eval_data: HeldOut | None = None, **options: Any,
+    data: Calibration | None = None, eval_data: HeldOut | None = None,
+    mend: Annotated[str, one_of(MENDS)] | None = None, **options: Any,
 ) -> Made:  # fmt: skip
     """Prune and fine-tune in steps; without `evaluate`, by the accuracy or minus the perplexity on `eval_data`."""
     reading, own = _parted(options)
@@ -117,7 +120,7 @@ def iterative(
     found = in_steps.iterative(
         work.model, verbs.budget_of(budget), train, evaluate, method=method, steps=steps, schedule=schedule,
         epochs_per_step=epochs_per_step, higher_is_better=higher_is_better, tolerance=tolerance,
-        data=_rows(work, "data", data, reading), inputs=work.inputs, track=work.track, **own,
+        data=_rows(work, "data", data, reading), inputs=work.inputs, track=work.track, mend=mend, **own,
     )  # fmt: skip
     asked = str(verbs.budget_of(budget))
     report = {

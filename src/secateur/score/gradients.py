@@ -60,14 +60,16 @@ def fisher(
     axes: Sequence[Axis] | None = None,
     *,
     loss: Loss | None = None,
+    whole: bool = False,
     track: Track = quiet,
 ) -> Scores:
     """Empirical Fisher information of the mask: mean over the samples of (dL/dm)^2.
 
-    Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning" (arXiv:1801.05787); also the
-    score of GradNAS. Arguments and errors as for `taylor`.
+    Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning" (arXiv:1801.05787). With `whole`
+    the mean over the batches, of the gradient of each as a whole: the score of ModelOpt's GradNAS over their number.
+    Other arguments and errors as for `taylor`.
     """
-    found = _mask_gradients(model, space, batches, axes, loss, track)
+    found = _mask_gradients(model, space, batches, axes, loss, track, whole=whole)
     return _mean({name: x.square() for name, x in sample.items()} for sample in found)
 
 
@@ -107,10 +109,12 @@ def _mask_gradients(
     axes: Sequence[Axis] | None,
     loss: Loss | None,
     track: Track,
+    *,
+    whole: bool = False,
 ) -> Iterator[Scores]:
-    """dL/dm of every unit, for one sample after the other."""
+    """dL/dm of every unit, for one sample after the other, or one batch after the other."""
     parts = _read_slices(space, axes)
-    samples = [sample for batch in batches for sample in samples_of(batch)]
+    samples = batches if whole else [sample for batch in batches for sample in samples_of(batch)]
     with _differentiable(model, parts) as weights:
         for gradients in _gradients(model, samples, weights, loss, track):
 

@@ -24,12 +24,14 @@ class Gram:
         squares: Sum of x^2, [columns].
         matrix: Sum of x x', [columns, columns]; None where only squares were asked for.
         sums: How many tensors were added up.
+        total: Sum of x, [columns]; None where only squares were asked for.
     """
 
     rows: int
     squares: torch.Tensor
     matrix: torch.Tensor | None = None
     sums: int = 0
+    total: torch.Tensor | None = None
 
     def full(self) -> torch.Tensor:
         """X'X.
@@ -53,6 +55,8 @@ class Gram:
             with _short_products() if exact else contextlib.nullcontext():
                 self.matrix.addmm_(x.T, x)
             self.squares = self.matrix.diagonal()
+            own = x.sum(0)
+            self.total = own if self.total is None else self.total + own
 
 
 @dataclass(frozen=True)

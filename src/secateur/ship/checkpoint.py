@@ -87,7 +87,7 @@ def save(
         texts["README.md"] = model_card(report, kind=kind)
     if card is not None:
         texts["README.md"] = card
-    with _whole_folder(target) as partial, _as_user_error(out):
+    with whole_folder(target) as partial, _as_user_error(out):
         if constructor is not None:
             save_built(model, partial, constructor, arguments or {})
         else:
@@ -264,9 +264,10 @@ def _not_replaceable(folder: Path) -> str | None:
     for place, what in ((Path.home(), "home"), (Path.cwd(), "working")):
         if place.resolve().is_relative_to(folder):
             return f"the {what} folder is in it"
-    signs = (("config.json", "model_type"), ("plan.json", "format", "axes"), (STRUCTURE, "format", "constructor"))
+    signs = [("config.json", "model_type"), ("plan.json", "format", "axes"), (STRUCTURE, "format", "constructor")]
+    signs += [("survey.json", "format", "consumers")]
     if not any(_has_keys(folder / name, *keys) for name, *keys in signs):
-        return f"it is no model folder (it has neither a model's config.json nor a plan.json or {STRUCTURE})"
+        return f"it is no result (it has neither a model's config.json nor a plan.json, survey.json or {STRUCTURE})"
     inside = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != "additional_chat_templates")
     if inside:
         return f"it holds other folders ({', '.join(inside[:3])})"
@@ -282,7 +283,7 @@ def _has_keys(path: Path, *keys: str) -> bool:
 
 
 @contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path) -> Iterator[Path]:
     """A hidden folder beside `target` that takes its place at the end; nothing is left of it where that fails."""
     made = _make_parents(target.parent)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")

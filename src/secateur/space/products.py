@@ -41,6 +41,7 @@ class Product:
         operand: The other operand, as the operator got it.
         form: How it is read: of a convolution its kernel, stride and so on.
         read: Makes of the operand what the weight's columns meet, [rows of the activation, columns].
+        made: Makes of the operator's result what comes of that, [rows of the activation, rows of the part].
     """
 
     weight: str
@@ -50,6 +51,7 @@ class Product:
     operand: torch.Tensor
     form: tuple[Any, ...]
     read: Callable[[], torch.Tensor]
+    made: Callable[[torch.Tensor], torch.Tensor]
 
 
 class Enough(BaseException):
@@ -109,10 +111,11 @@ class Products(TorchDispatchMode):
 
     def _matmul(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """[n, k] @ [k, m], or the same for each of a batch; the weight may stand on either side."""
+        turned = False
         if found := self._of(right):
             weight, x = right, left
         elif found := self._of(left):
-            weight, x = left.mT, right.mT
+            weight, x, turned = left.mT, right.mT, True
         else:
             return
         batched = weight.dim() == 3 and weight.stride(0) != 0 and weight.shape[0] > 1
@@ -120,7 +123,13 @@ class Products(TorchDispatchMode):
         for index in range(batches):
             one = weight[index] if weight.dim() == 3 else weight
             rows = x[index] if batched else x
-            self._see_matrix(found, one, rows)
+
+            def made(result: torch.Tensor, index: int = index) -> torch.Tensor:
+                result = result.mT if turned else result
+                result = result[index] if batched else result
+                return result.reshape(-1, result.shape[-1])
+
+            self._see_matrix(found, one, rows, made)
 
     def _grouped(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Rows [n, k] sorted by expert @ [experts, k, m], with the end of each expert's rows."""
@@ -133,14 +142,24 @@ class Products(TorchDispatchMode):
         begin = 0
         for expert, end in enumerate(ends.tolist()):
             if end > begin:
-                self._see_matrix(found, weight[expert], x[begin:end])
+
+                def made(result: torch.Tensor, begin: int = begin, end: int = end) -> torch.Tensor:
+                    return result[begin:end]
+
+                self._see_matrix(found, weight[expert], x[begin:end], made)
             begin = end
 
-    def _see_matrix(self, found: tuple[str, torch.Tensor], view: torch.Tensor, x: torch.Tensor) -> None:
+    def _see_matrix(
+        self,
+        found: tuple[str, torch.Tensor],
+        view: torch.Tensor,
+        x: torch.Tensor,
+        made: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         place = _place(found[1], view)
         if place is not None:
             columns, rows, part = place
-            self._tell(Product(found[0], columns, rows, part, x, (), lambda: x.reshape(-1, x.shape[-1])))
+            self._tell(Product(found[0], columns, rows, part, x, (), lambda: x.reshape(-1, x.shape[-1]), made))
 
     def _convolution(self, name: str, weight: torch.Tensor, args: Any) -> None:
         x, transposed = args[0], args[6]
@@ -160,9 +179,14 @@ class Products(TorchDispatchMode):
             def read(own: torch.Tensor = own) -> torch.Tensor:
                 return _upsampled_patches(own, kernel, *steps) if transposed else _patches(own, kernel, *steps[:3])
 
+            def made(result: torch.Tensor, group: int = group) -> torch.Tensor:
+                per = result.shape[-len(kernel) - 1] // groups
+                own = result.narrow(-len(kernel) - 1, group * per, per)
+                return own.movedim(-len(kernel) - 1, -1).reshape(-1, per)
+
             columns, rows = ((*spatial, side), (1 - side,))
             form = (kernel, tuple(map(tuple, steps)), transposed)
-            self._tell(Product(name, columns, rows, tuple(part), own, form, read))
+            self._tell(Product(name, columns, rows, tuple(part), own, form, read, made))
 
 
 def _patches(

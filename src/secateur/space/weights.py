@@ -7,7 +7,7 @@ forward pass. So masks work on models that `discover` cannot follow.
 import fnmatch
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -214,19 +214,7 @@ def _probe(
     found: dict[str, Weight] = {}
 
     def see(product: Product) -> None:
-        parameter = parameters[product.weight]
-        groups = 1
-        if (
-            product.rows
-            and len(product.columns) + len(product.rows) == parameter.dim()
-            and product.part[0] != (0, parameter.shape[0])
-        ):
-            whole = parameter.shape[0]
-            first, last = product.part[0]
-            groups = whole // (last - first) if 0 in product.columns else 1
-        found.setdefault(
-            product.weight, Weight(product.weight, tuple(parameter.shape), product.rows, product.columns, groups)
-        )
+        found.setdefault(product.weight, _weight_of(product, parameters[product.weight]))
 
     positional, named = arguments(model, inputs)
     watch = _Routers({name: p for name, p in parameters.items() if p.dim() > 1}, see)
@@ -237,6 +225,39 @@ def _probe(
             text = " ".join(str(error).split())
             raise SecateurError(f"{type(model).__name__} does not run on the inputs: {text[:300]}") from error
     return found, watch.routers
+
+
+def _weight_of(product: Product, parameter: torch.Tensor) -> Weight:
+    groups = 1
+    if (
+        product.rows
+        and len(product.columns) + len(product.rows) == parameter.dim()
+        and product.part[0] != (0, parameter.shape[0])
+    ):
+        whole = parameter.shape[0]
+        first, last = product.part[0]
+        groups = whole // (last - first) if 0 in product.columns else 1
+    return Weight(product.weight, tuple(parameter.shape), product.rows, product.columns, groups)
+
+
+def multiplied(model: nn.Module, forward: Callable[[], object]) -> dict[str, Weight]:
+    """Every weight that a forward pass multiplies activations with, routers and tied ones too, in the order of use.
+
+    Args:
+        model: any module.
+        forward: makes the pass.
+    """
+    owners = {id(p): name for name, p in model.named_parameters()}
+    parameters = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    found: dict[str, Weight] = {}
+
+    def see(product: Product) -> None:
+        found.setdefault(product.weight, _weight_of(product, parameters[product.weight]))
+
+    with evaluating(model), torch.no_grad(), plain_attention(), Products(parameters, see):
+        forward()
+    known = {owners[id(p)]: replace(weight, name=owners[id(p)]) for p, weight in _known(model)}
+    return {name: known.get(name, weight) for name, weight in found.items()}
 
 
 class _Routers(Products):  # type: ignore[no-untyped-call]

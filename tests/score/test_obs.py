@@ -1,0 +1,149 @@
+"""The greedy order of structured OBS against a brute force that solves every least-squares problem anew."""
+
+import pytest
+import torch
+
+from secateur.errors import SecateurError
+from secateur.score.obs import Consumed, eliminate
+
+
+class Problem:
+    """A weight, what it meets, and which columns belong to which unit."""
+
+    def __init__(self, seed: int, columns: list[list[int]], rows: int = 5, *, gradients: bool = False) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        width = 1 + max(c for own in columns for c in own)
+        self.columns = columns
+        self.W = torch.randn(rows, width, generator=draw, dtype=torch.float64)
+        mix = torch.randn(width, width, generator=draw, dtype=torch.float64)
+        X = torch.randn(3 * width, width, generator=draw, dtype=torch.float64) @ mix
+        self.C = X.T @ X / len(X) + 0.02 * torch.eye(width, dtype=torch.float64)  # damped
+        g = torch.randn(4 * rows, rows, generator=draw, dtype=torch.float64)
+        self.G = g.T @ g / len(g) if gradients else torch.eye(rows, dtype=torch.float64)
+
+    def consumed(self) -> Consumed:
+        most = max(len(own) for own in self.columns)
+        padded = torch.tensor([own + [-1] * (most - len(own)) for own in self.columns])
+        return Consumed(self.W.T @ self.G @ self.W, torch.linalg.inv(self.C), padded)
+
+    def loss(self, gone: set[int]) -> float:
+        """Least tr(G (W - W') C (W - W')') over W' without the columns of these units, from the normal equations."""
+        out = {c for unit in gone for c in self.columns[unit]}
+        stay = [c for c in range(self.W.shape[1]) if c not in out]
+        new = torch.zeros_like(self.W)
+        if stay:
+            new[:, stay] = torch.linalg.lstsq(self.C[stay][:, stay], (self.W @ self.C)[:, stay].T).solution.T
+        change = self.W - new
+        return float((self.G * (change @ self.C @ change.T)).sum())
+
+
+def greedy(problems: list[Problem], size: int, groups: int) -> list[list[int]]:
+    """In every round each group loses the unit without which the whole loss is least."""
+    per, gone, order = size // groups, set[int](), []
+    for _ in range(per - 1):
+        found = []
+        for group in range(groups):
+            alive = [u for u in range(group * per, (group + 1) * per) if u not in gone]
+            found.append(min(alive, key=lambda u: sum(p.loss(gone | {u}) for p in problems)))
+        order.append(found)
+        gone |= set(found)
+    return order
+
+
+def single(size: int) -> list[list[int]]:
+    return [[u] for u in range(size)]
+
+
+def wide(size: int) -> list[list[int]]:
+    """Units of several columns that do not lie together, and columns of no unit behind them."""
+    return [[u, size + u, 2 * size + u] for u in range(size)]
+
+
+CASES = {
+    "one column": ([Problem(0, single(9))], 9, 1),
+    "gradients": ([Problem(1, single(9), gradients=True)], 9, 1),
+    "several columns": ([Problem(2, wide(6), gradients=True)], 6, 1),
+    "columns of no unit": ([Problem(3, [[5], [1], [8], [2]])], 4, 1),
+    "unequal numbers of columns": ([Problem(4, [[0, 3], [1], [2, 4, 5], [6], [7, 8]])], 5, 1),
+    "two consumers": ([Problem(5, single(7)), Problem(6, wide(7), rows=3, gradients=True)], 7, 1),
+    "groups": ([Problem(7, single(8))], 8, 2),
+    "groups of several columns": ([Problem(8, wide(6), gradients=True), Problem(9, single(6))], 6, 3),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_order_is_that_of_a_brute_force(name: str) -> None:
+    problems, size, groups = CASES[name]
+    order = eliminate([p.consumed() for p in problems], size, groups)
+    assert order.dtype == torch.int64
+    assert order.tolist() == greedy(problems, size, groups)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_is_not_that_of_costs_taken_once(seed: int) -> None:
+    """Were the others not fitted anew after each, the order would differ: the oracle could not tell otherwise."""
+    problem = Problem(20 + seed, single(9))
+    once = sorted(range(9), key=lambda u: problem.loss({u}))[:-1]
+    assert eliminate([problem.consumed()], 9).flatten().tolist() != once
+
+
+def test_the_costs_of_the_steps_add_up_to_the_loss_of_all() -> None:
+    """What is left of `worth` after each step must be the true cost of the next: else later steps would drift."""
+    problem = Problem(11, wide(7), gradients=True)
+    order = eliminate([problem.consumed()], 7).flatten().tolist()
+    losses = [problem.loss(set(order[:k])) for k in range(len(order) + 1)]
+    assert losses[0] == pytest.approx(0, abs=1e-9)
+    assert losses == sorted(losses)
+    # An order made from the very end of the way agrees: eliminate from the state after three removals.
+    gone = order[:3]
+    out = [c for u in gone for c in problem.columns[u]]
+    stay = [c for c in range(problem.W.shape[1]) if c not in out]
+    rest = Problem(0, single(1))
+    rest.C, rest.G = problem.C[stay][:, stay], problem.G
+    rest.W = torch.linalg.lstsq(rest.C, (problem.W @ problem.C)[:, stay].T).solution.T
+    units = [u for u in range(7) if u not in gone]
+    rest.columns = [[stay.index(c) for c in problem.columns[u]] for u in units]
+    again = eliminate([rest.consumed()], len(units)).flatten().tolist()
+    assert [units[u] for u in again] == order[3:]
+
+
+def test_several_at_once_are_the_cheapest_of_that_round() -> None:
+    problem = Problem(12, single(10))
+    order = eliminate([problem.consumed()], 10, rounds_at_once=0.35).flatten().tolist()
+    gone: list[int] = []
+    for many in (3, 2, 1, 1, 1, 1):  # 35% of 10, 7, 5, 4, 3, 2
+        alive = [u for u in range(10) if u not in gone]
+        cheap = sorted(alive, key=lambda u: problem.loss({*gone, u}) - problem.loss(set(gone)))[:many]
+        assert order[len(gone) : len(gone) + many] == cheap
+        gone += cheap
+    assert len(order) == 9
+
+
+def test_several_at_once_keep_one_unit_of_each_group() -> None:
+    order = eliminate([Problem(13, single(12)).consumed()], 12, 3, rounds_at_once=1.0)
+    assert order.shape == (3, 3)
+    for group in range(3):
+        own = order[:, group].tolist()
+        assert len(set(own)) == 3
+        assert all(unit // 4 == group for unit in own)
+
+
+def test_a_single_unit_stays() -> None:
+    assert eliminate([Problem(14, single(1)).consumed()], 1).shape == (0, 1)
+    assert eliminate([Problem(14, single(3)).consumed()], 3, 3).shape == (0, 3)
+
+
+def test_the_inputs_stay_as_they_are() -> None:
+    consumed = Problem(15, wide(4)).consumed()
+    before = consumed.worth.clone(), consumed.inverse.clone()
+    eliminate([consumed], 4)
+    assert torch.equal(consumed.worth, before[0])
+    assert torch.equal(consumed.inverse, before[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_costs_that_are_no_numbers_are_an_error(value: float) -> None:
+    consumed = Problem(16, single(4)).consumed()
+    consumed.worth[2, 2] = value
+    with pytest.raises(SecateurError, match="the costs of units are not finite"):
+        eliminate([consumed], 4)
