@@ -41,11 +41,8 @@ def slots_for(
     allowed = config_allows(model, survey.space) if uniform else None
     args = {"levels": levels, "round_to": round_to, "uniform": uniform, "drop": drop}
     slots = make_slots(survey.space, known, least, allowed=allowed, **args)  # type: ignore[arg-type]
-    if allowed is not None:
-        free = make_slots(survey.space, known, least, **args)  # type: ignore[arg-type]
-        have = {name for slot in slots for name in slot.axes}
-        # No config has any size of these: cut them all the same.
-        slots += [slot for slot in free if slot.axes and have.isdisjoint(slot.axes)]
+    if allowed is not None and not any(slot.axes for slot in slots):
+        slots = make_slots(survey.space, known, least, **args)  # type: ignore[arg-type]  # no config has any smaller size
     return slots
 
 

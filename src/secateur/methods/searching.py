@@ -114,6 +114,10 @@ def decide_levels(
     allowed = absolute(table, budget)
     solve(table, allowed)  # what cannot be met is said before anything is measured
     shown: dict[str, Any] = {"uniform": ground.uniform, "slots": len(table.slots)}
+    decided = {name for slot in table.slots for name in slot.axes}
+    whole = [axis.name for axis in axes if axis.name in ground.survey.orders and axis.name not in decided]
+    if whole:  # the layers cannot be smaller there in one way that a stock config has
+        shown["whole"] = whole
     trial, rows = None, first_samples(data, asked.score_samples)
     if rows and (asked.probes or asked.trials):
         closeness, score = Closeness(reference or model, rows, track=track), asked.score
