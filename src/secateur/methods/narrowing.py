@@ -26,8 +26,6 @@ from secateur.progress import Track
 
 WIDTHS = (1.0, 0.92, 0.84, 0.75, 0.67)
 """Shares of the hidden size that are looked at."""
-REAL = 1.4
-"""What a narrower stream really cost on the bundled model, against what is expected of it."""
 
 
 def decide_with_width(model: nn.Module, budget: Budget, data: Sequence[Batch], asked: Asked, track: Track) -> Decision:
@@ -47,7 +45,7 @@ def decide_with_width(model: nn.Module, budget: Budget, data: Sequence[Batch], a
     widths = list(dict.fromkeys(max(step, round(share * axis.size / step) * step) for share in WIDTHS[1:]))
     widths = [axis.size, *(k for k in widths if k < axis.size)]
     streams = measure_streams(model, space, data, seed=asked.seed, track=track)
-    losses = [0.0, *(REAL * expected_loss(streams, k) for k in track(widths[1:], "what a narrower stream costs"))]
+    losses = [0.0, *(expected_loss(streams, k) for k in track(widths[1:], "what a narrower stream costs"))]
     wide = Slot(axis.name, tuple(Level({axis.name: k} if k < axis.size else {}) for k in widths), (axis.name,))
     slots = (*table.slots, wide)
     whole = Table(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ class Ground:
     workload: Workload
     clock: Clock | None
     track: Track
+    grids: dict[str, list[int]] = field(default_factory=dict)
+    """Lengths of axes at which parts are timed."""
 
 
 def decide_levels(
@@ -224,7 +226,7 @@ def _timed(ground: Ground, table: Table) -> Table:
     """With latency among the costs, where a budget limits it."""
     if ground.clock is None:
         return table
-    terms = latency_terms(ground.clock, ground.space, table.slots, track=ground.track)
+    terms = latency_terms(ground.clock, ground.space, table.slots, ground.grids, track=ground.track)
     return Table(table.slots, table.loss, {**table.costs, "latency": terms})
 
 

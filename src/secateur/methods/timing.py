@@ -11,23 +11,28 @@ from secateur.measure.leaves import Leaf
 from secateur.progress import Track, quiet
 from secateur.space import Space
 
-GRID = 5
+GRID = 4
 """Lengths of an axis at which a part is timed; between them, times are interpolated."""
 
 
-def latency_terms(clock: Clock, space: Space, slots: Sequence[Slot], *, track: Track = quiet) -> tuple[Term, ...]:
+def latency_terms(
+    clock: Clock, space: Space, slots: Sequence[Slot], grids: dict[str, list[int]], *, track: Track = quiet
+) -> tuple[Term, ...]:
     """Seconds of one forward pass.
 
     Args:
         clock: of the dense model.
         space: its Space.
         slots: what is decided on.
+        grids: lengths of axes at which parts are timed; those that are missing are made of the levels, and kept there.
         track: shows progress.
     """
     slot_of = {axis: i for i, slot in enumerate(slots) for axis in slot.axes}
     droppers = {b: i for i, slot in enumerate(slots) for level in slot.levels for b in level.dropped}
     inside = {block.name: [n for n in droppers if f"{block.name}.".startswith(f"{n}.")] for block in space.blocks}
-    grids = {axis: _grid(space.axis(axis).per_group, slots[i], axis) for axis, i in slot_of.items()}
+    for axis, i in slot_of.items():
+        if axis not in grids:
+            grids[axis] = _grid(space.axis(axis).per_group, slots[i], axis)
     clock.measure(
         (leaf, dict(zip(leaf.axes, sizes, strict=True)))
         for leaf in track(clock.leaves, "timing parts")
