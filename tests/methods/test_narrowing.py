@@ -19,7 +19,8 @@ def test_a_rotated_stream_meets_the_budget_and_is_no_plan_without_its_weights() 
     whole = sum(p.numel() for p in model.parameters())
     assert sum(p.numel() for p in result.model.parameters()) <= 0.45 * whole
     told = result.report["hidden"]
-    assert told["pruned"] == result.model.config.hidden_size < told["dense"]
+    config: Any = result.model.config
+    assert told["pruned"] == config.hidden_size < told["dense"]
     assert result.plan.origin["basis"] == "rotated"
     with pytest.raises(SecateurError, match="means nothing without its weights: use prune"):
         plan(model, "params=45%", data=DATA, **QUICK)
