@@ -162,10 +162,19 @@ class Clock:
         """
         return self._rests[block].dense
 
-    def rest_axes(self, block: str | None) -> tuple[str, ...]:
-        """Axes that the rest of a block follows."""
-        own = (op.leaf.axes for op in self._operators.values() if op.home == block)
-        return tuple(dict.fromkeys(name for axes in own for name in axes))
+    def rest_parts(self, block: str | None) -> tuple[float, list[tuple[tuple[str, ...], Callable[[Lengths], float]]]]:
+        """A rest as a sum: what is fixed, and for each leaf of the block its axes and what it adds at their lengths."""
+        rest = self._rests[block]
+        own = [op for op in self._operators.values() if op.home == block]
+        dense = sum(op.elements(self.whole) for op in own)
+        if not dense:
+            return rest.dense, []
+        slope = (rest.dense - rest.fixed) / dense
+
+        def part(op: Operator) -> Callable[[Lengths], float]:
+            return lambda at: slope * op.elements({**self.whole, **at})
+
+        return rest.fixed, [(op.leaf.axes, part(op)) for op in own]
 
     def rest_seconds(self, block: str | None, at: Lengths) -> float:
         """Seconds of a rest at lengths of axes; others are whole."""

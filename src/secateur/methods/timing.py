@@ -45,12 +45,11 @@ def latency_terms(
             _term(slots, own, inside.get(leaf.block or "", []), slot_of, droppers, _Times(clock, leaf, own, grids))
         )
     for block in (None, *(block.name for block in space.blocks)):
-        own = [name for name in clock.rest_axes(block) if name in slot_of]
-
-        def rest(at: Mapping[str, int], block: str | None = block) -> float:
-            return clock.rest_seconds(block, at)
-
-        terms.append(_term(slots, own, inside.get(block or "", []), slot_of, droppers, rest))
+        fixed, parts = clock.rest_parts(block)
+        gone = inside.get(block or "", [])
+        terms.append(_term(slots, [], gone, slot_of, droppers, lambda _, fixed=fixed: fixed))  # type: ignore[misc]
+        for axes, seconds in parts:
+            terms.append(_term(slots, [n for n in axes if n in slot_of], gone, slot_of, droppers, seconds))
     return tuple(_merged(terms))
 
 
