@@ -117,3 +117,10 @@ def test_real_processes(tmp_path: Path) -> None:
         assert isinstance(json.loads(done.stdout), dict)
         assert done.stderr == "", words
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "dense", "out"]
+
+
+def test_options_that_only_python_can_give_are_no_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prune", "--method", "fastnas", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--levels" in shown
+    assert "--clock" not in shown

@@ -1,6 +1,7 @@
 """Cut models keep their promises beyond one plain forward pass: KV caches, long sequences, sizes left unsaid."""
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ LAYERS = {"gpt2": {"n_layer": 4}, "gptj": {"n_layer": 4}}
 GEMMA = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 
+@cache
 def four_layers(name: str) -> tuple[Any, Space]:
     model = tiny(name, **(GEMMA if name == "gemma2" else LAYERS.get(name, {"num_hidden_layers": 4})))
     return model, discover(model)

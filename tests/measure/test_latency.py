@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from mixtures import mixture
 from small_nets import Mlp, Mobile, Residual, pictures, shaken
+from timers import Counter, clock_of, counted
 from tiny import random_plan, tiny, tokens
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.choose.cost import lengths, polynomials
 from secateur.choose.plan import Plan
@@ -19,7 +20,7 @@ from secateur.cut import apply
 from secateur.cut.prove import discover
 from secateur.errors import SecateurError
 from secateur.measure.clock import Clock, levels_of
-from secateur.measure.latency import LatencyTable, Stopwatch, Timing, forward, in_turns, time_models
+from secateur.measure.latency import LatencyTable, Stopwatch, Timing, in_turns, time_models
 from secateur.space import Axis, evaluate
 
 _AXES = ("hidden", "ffn", "heads", "kv_groups", "channels", "experts", "expert_ffn", "ssm_heads", "rank")
@@ -51,29 +52,6 @@ class Encoder(nn.Module):
         return self.fc(x.mean(1))
 
 
-class Counter:
-    """A timer: one second for each multiply-accumulate."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-
-    def __call__(self, fn: Callable[[], object]) -> float:
-        self.taken += 1
-        with FlopCounterMode(display=False) as counted:
-            fn()
-        return float(counted.get_total_flops() / 2)
-
-
-def clock_of(model: nn.Module, inputs: Any, **options: Any) -> Clock:
-    space = discover(model, None if hasattr(model, "config") else inputs)
-    return Clock(model, space, inputs, **{"timer": Counter(), "repeats": 1, "warmup": 0, **options})
-
-
-def counted(model: nn.Module, inputs: Any) -> float:
-    with torch.no_grad():
-        return Counter()(forward(model.eval(), inputs))
-
-
 NETS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "linear": (Mlp, torch.zeros(5, 4)),
     "conv": (Residual, pictures()),
@@ -83,12 +61,22 @@ NETS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
 }
 
 
+@cache
+def of_net(name: str) -> Clock:
+    build, inputs = NETS[name]
+    return clock_of(shaken(build()), inputs)
+
+
+@cache
+def of_llama() -> Clock:
+    return clock_of(tiny("llama", dtype=torch.float32), {"input_ids": tokens()})
+
+
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("share", [0.75, 0.6])
 def test_products_of_a_cut_network_are_predicted(name: str, share: float) -> None:
-    build, inputs = NETS[name]
-    model = shaken(build())
-    clock = clock_of(model, inputs)
+    inputs, clock = NETS[name][1], of_net(name)
+    model = clock.model
     plan = random_plan(clock.space, _AXES, share=share)
     assert clock.predict(plan) == pytest.approx(counted(apply(model, plan, space=clock.space, inputs=inputs), inputs))
     assert clock.predict(plan) < clock.predict(Plan()) == pytest.approx(clock.dense.median)
@@ -99,10 +87,9 @@ def test_products_of_a_cut_network_are_predicted(name: str, share: float) -> Non
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_products_of_a_cut_language_model_are_predicted(name: str) -> None:
-    make = mixture if name == "mixtral" else tiny
-    model = make(name, dtype=torch.float32)
-    inputs = {"input_ids": tokens()}
-    clock = clock_of(model, inputs)
+    make, inputs = mixture if name == "mixtral" else tiny, {"input_ids": tokens()}
+    clock = of_llama() if name == "llama" else clock_of(make(name, dtype=torch.float32), inputs)
+    model = clock.model
     kinds = ("hidden", "ffn", "heads", "kv_groups", "attention", "mlp")
     plan = random_plan(clock.space, kinds, share=0.75)
     assert plan.dropped
@@ -129,7 +116,7 @@ def test_a_rest_follows_what_its_leaves_give_out() -> None:
 
 
 def test_leaves_say_where_they_are_and_what_they_depend_on() -> None:
-    clock = clock_of(tiny("llama", dtype=torch.float32), {"input_ids": tokens()})
+    clock = of_llama()
     leaves = {leaf.module: leaf for leaf in clock.leaves}
     layer = "model.layers.1"
     down, norm = leaves[f"{layer}.mlp.down_proj"], leaves[f"{layer}.post_attention_layernorm"]
@@ -290,7 +277,7 @@ def test_levels_are_even_and_keep_what_must_stay() -> None:
 
 
 def test_points_are_capped() -> None:
-    clock = clock_of(tiny("llama", dtype=torch.float32), {"input_ids": tokens()})
+    clock = of_llama()
     counts: dict[str, int] = {}
     for leaf, _ in clock.points(100):
         counts[leaf.module] = counts.get(leaf.module, 0) + 1

@@ -1,12 +1,14 @@
 """FastNAS: masked copies against real cuts, monotone tables, the smallest greatest harm, and every refusal."""
 
 import copy
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from small_nets import Mobile, Residual, pairs, pictures, shaken
+from timers import counted, counting_clock
 from tiny import random_plan, tiny, tokens
 from torch import nn
 
@@ -104,6 +106,7 @@ def test_the_table_is_what_single_cuts_cost_and_monotone() -> None:
     assert fingerprint(model) == before
     table = decision.details["sensitivity"]
     assert set(table) == {"conv.channels", "first.channels"}
+    assert "latency" not in decision.details
     for name, row in table.items():
         sizes = [int(size) for size in row]
         assert sizes == sorted(sizes, reverse=True)
@@ -253,10 +256,21 @@ def test_latency_is_bisected_with_a_clock() -> None:
             decide(model, "latency=60%", clock=bad)
 
 
+def test_without_a_clock_the_parts_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["secateur.methods.fastnas"], "Clock", counting_clock)
+    model = net()
+    decision = decide(model, "latency=60%")
+    told = decision.details["latency"]
+    assert told["dense"] == counted(model, X) == decision.details["space"]["latency"]["max"]
+    assert told["limit"] == pytest.approx(0.6 * told["dense"])
+    assert told["measured"] == counted(apply(model, decision.plan, space=decision.space, inputs=X), X)
+    assert told["predicted"] == pytest.approx(told["measured"])
+    assert 0.9 * told["limit"] <= told["measured"] <= told["limit"]
+
+
 @pytest.mark.parametrize(
     ("budget", "options", "message"),
     [
-        ("latency=5ms", {}, "latency must be measured: give a clock"),
         ("macs=50%", {"clock": lambda _: 1.0}, "a clock is given, and the budget does not limit latency"),
         ("macs=50%", {"data": []}, "fastnas needs data"),
         ("macs=50%", {"levels": 0}, "levels must be at least 1"),

@@ -166,6 +166,16 @@ def test_biases_take_up_the_shift_and_nothing_else_changes() -> None:
     assert found.tensors({axis: 30}, weights=["other"]) == {}
 
 
+def test_the_bias_of_each_expert_takes_up_its_own_shift() -> None:
+    found = made(mixture("gpt_oss", dtype=torch.float32), [tokens(8, 12)], without=("hidden", "head_dim", "experts"))
+    name, axis = "model.layers.0.mlp.experts.down_proj", "model.layers.0.mlp.expert_ffn"
+    tensors, bias = found.tensors({axis: 30}), f"{name}_bias"
+    assert set(tensors) == {name, bias}
+    shifts = [found.solved(i, {axis: 30})[1] for i, c in enumerate(found.consumers) if c.weight.name == name]
+    torch.testing.assert_close(tensors[bias], found.parameters[bias].detach() + torch.stack(shifts))
+    assert all(bool(shift.any()) for shift in shifts)
+
+
 def number(found: Survey, name: str) -> int:
     return next(i for i, c in enumerate(found.consumers) if c.weight.name == name)
 

@@ -40,8 +40,8 @@ def case(name: str) -> tuple[Survey, tuple[Batch, ...]]:
         x = x if name == "mlp" else pictures(9, dtype=torch.float64)
         data = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in torch.split(x, 5)]
         return surveyed(model, data, x[:2]), tuple(data)
-    if name == "mixtral":
-        model = mixture("mixtral", dtype=torch.float32)  # stacked experts take no float64
+    if name in ("mixtral", "gpt_oss"):
+        model = mixture(name, dtype=torch.float32)  # stacked experts take no float64
     elif name == "gpt2":
         model = tiny("gpt2")
     else:
@@ -90,6 +90,7 @@ CUTS: dict[str, tuple[str, dict[str, int], tuple[str, ...]]] = {
     "biases": ("gpt2", {f"{H}.0.attn.heads": 2, f"{H}.1.mlp.ffn": 20}, ()),
     "sub-layers with biases": ("gpt2", {f"{H}.0.mlp.ffn": 33}, (f"{H}.0.attn", f"{H}.1.mlp")),
     "experts and a mixture": ("mixtral", {at(1, "mlp.expert_ffn"): 32}, (at(0, "mlp"),)),
+    "experts with biases": ("gpt_oss", {at(i, "mlp.expert_ffn"): 28 for i in range(2)}, ()),
     "residual stream": ("residual", {"conv.channels": 5, "first.channels": 4}, ()),
     "plain channels": ("sequential", {"0.channels": 5, "2.channels": 3, "4.channels": 4}, ()),
     "linear": ("mlp", {"up.ffn": 4, "mid.ffn": 3}, ()),
@@ -111,7 +112,7 @@ def test_the_loss_is_that_of_the_model_that_is_cut(name: str) -> None:
     modules = [type(m) for m in trials.model.modules()]
     loss, second = trials.loss(sizes, dropped), trials.loss(sizes, dropped, [1])
     assert loss > 1e-6
-    exact = 1e-3 if model == "mixtral" else 1e-6
+    exact = 1e-3 if model in ("mixtral", "gpt_oss") else 1e-6
     assert (loss, second) == pytest.approx(really(found, batches, sizes, dropped), rel=exact, abs=1e-7)
     if not trials.adapt:
         assert fingerprint(trials.model) == before

@@ -76,7 +76,7 @@ def run(words: Sequence[str]) -> None:
     """Run the verb."""
     method = _method(words)
     taken = inspect.signature(METHODS[method]).parameters
-    without = ("score", "stored_dtype", "track", "inputs", "loss", "seed")
+    without = ("score", "stored_dtype", "track", "inputs", "loss", "seed", "clock")
     options_class = method_options(METHODS[method], without=without)
     whole = dataclasses.make_dataclass(
         "Whole",

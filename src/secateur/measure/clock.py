@@ -38,6 +38,7 @@ from secateur.measure.latency import (
     forward,
     in_turns,
     tried,
+    without_collector,
 )
 from secateur.measure.leaves import Leaf, Operator, operators, watch
 from secateur.progress import Track, quiet
@@ -145,7 +146,7 @@ class Clock:
         Raises:
             SecateurError: where the table lacks it and it may not be measured.
         """
-        key = leaf, tuple(at.get(name, self.whole[name]) for name in leaf.axes)
+        key = self._place(leaf, at)
         if key not in self._known:
             operator, full = self._operators[leaf], {**self.whole, **at}
             signature = operator.signature(full)
@@ -154,6 +155,9 @@ class Clock:
                 self.measure([(leaf, at)])
             self._known[key] = self.table.entries[signature]
         return self._known[key]
+
+    def _place(self, leaf: Leaf, at: Lengths) -> tuple[Leaf, tuple[int, ...]]:
+        return leaf, tuple(at.get(name, self.whole[name]) for name in leaf.axes)
 
     def rest(self, block: str | None) -> float:
         """Seconds of a block of the dense model, or of what lies outside of all, that its leaves do not explain.
@@ -193,10 +197,10 @@ class Clock:
         """
         out = tuple(f"{name}." for name in dropped) or ("\0",)
         full = {**self.whole, **at}
-        total = 0.0
-        for leaf in self.leaves:
-            if not f"{leaf.block}.".startswith(out):
-                total += self.leaf_seconds(leaf, full)
+        left = [leaf for leaf in self.leaves if not f"{leaf.block}.".startswith(out)]
+        if self.may_measure:  # what is lacking, all at once
+            self.measure((leaf, full) for leaf in left if self._place(leaf, full) not in self._known)
+        total = sum(self.leaf_seconds(leaf, full) for leaf in left)
         for block in self._rests:
             if not f"{block}.".startswith(out):
                 total += self.rest_seconds(block, full)
@@ -245,13 +249,16 @@ class Clock:
             if signature not in self.table.entries:
                 groups.setdefault(operator.signature(self.whole), {})[signature] = operator, full
         batches = [(dense, some) for dense, sizes in groups.items() for some in _chunks(list(sizes.items()), TOGETHER)]
-        for dense, sizes in self.track(batches, "timing parts of the model"):
-            first = sizes[0][1][0]
-            jobs = [self._job(first, self.whole), *(self._job(operator, at) for _, (operator, at) in sizes)]
-            own, *others = self._timed(jobs)
-            for (signature, _), samples in zip(sizes, others, strict=True):
-                ratio = median(x / base if base else 0.0 for x, base in zip(samples, own, strict=True))
-                self.table.entries[signature] = ratio * self.table.entries[dense] if any(own) else median(samples)
+        if not batches:
+            return 0
+        with without_collector():
+            for dense, sizes in self.track(batches, "timing parts of the model"):
+                first = sizes[0][1][0]
+                jobs = [self._job(first, self.whole), *(self._job(operator, at) for _, (operator, at) in sizes)]
+                own, *others = self._timed(jobs)
+                for (signature, _), samples in zip(sizes, others, strict=True):
+                    ratio = median(x / base if base else 0.0 for x, base in zip(samples, own, strict=True))
+                    self.table.entries[signature] = ratio * self.table.entries[dense] if any(own) else median(samples)
         return sum(len(sizes) for _, sizes in batches)
 
     # --- the dense model and its half ---

@@ -329,11 +329,6 @@ def perplexity_metric(batches: Sequence[Batch]) -> Metric:
     return Metric("perplexity", lambda model: perplexity(model, batches), higher_is_better=False)
 
 
-def kl_metric(reference: Reference) -> Metric:
-    """Return the mean KL(dense || model) in nats per token as a metric; lower is better."""
-    return Metric("kl", lambda model: compare(model, reference).kl, higher_is_better=False)
-
-
 def choice_metric(
     tokenizer: Tokenizer, questions: Sequence["Question"], *, shots: int = 0, batch_size: int = 8
 ) -> Metric:

@@ -1,6 +1,6 @@
 """Weights of a cut model beside those of the dense one that they were cut from."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +63,7 @@ class Pair:
 
     def bias_places(self, part: Part) -> tuple[slice | int, ...]:
         """Where the numbers lie in the bias, or in a batch norm, that go with the rows of a part of the cut weight."""
-        weight = self.pruned
-        if weight.groups > 1 and 0 in weight.columns:  # a transposed convolution: its groups share dimension 1
-            group, per = part[0][0] // (weight.shape[0] // weight.groups), weight.shape[1]
-            return (slice(group * per, (group + 1) * per),)
-        stack = [d for d in range(len(weight.shape)) if d not in weight.rows and d not in weight.columns]
-        return (*(part[d][0] for d in stack), slice(*part[weight.rows[0]]))
+        return bias_places(self.pruned, part)
 
 
 def _flat(local: Sequence[torch.Tensor], sizes: Sequence[int], dims: Dims) -> torch.Tensor:
@@ -124,7 +119,7 @@ def counterparts(
         if why and lossy:
             left[name] = why
         elif not why and found is not None:
-            pairs.append(Pair(weight, found, kept, lossy, late, _bias(found, biases)))
+            pairs.append(Pair(weight, found, kept, lossy, late, bias_of(found, biases)))
     return pairs, left
 
 
@@ -149,7 +144,7 @@ def _tied(model: nn.Module) -> set[str]:
     return {name for key, own in names.items() for name in own if len(own) > 1 or key in tables}
 
 
-def _bias(weight: Weight, parameters: dict[str, nn.Parameter]) -> str | None:
+def bias_of(weight: Weight, parameters: Mapping[str, nn.Parameter]) -> str | None:
     """The parameter that is named as the bias of a weight, and has a number for each of its rows."""
     if len(weight.rows) != 1:
         return None
@@ -162,3 +157,12 @@ def _bias(weight: Weight, parameters: dict[str, nn.Parameter]) -> str | None:
     transposed = weight.groups if 0 in weight.columns else 1
     fits = tuple(bias.shape) == (*stack, weight.shape[weight.rows[0]] * transposed)
     return f"{path}.{end}".lstrip(".") if fits else None
+
+
+def bias_places(weight: Weight, part: Part) -> tuple[slice | int, ...]:
+    """Where the numbers lie in the bias of a weight that go with the rows of a part of it."""
+    if weight.groups > 1 and 0 in weight.columns:  # a transposed convolution: its groups share dimension 1
+        group, per = part[0][0] // (weight.shape[0] // weight.groups), weight.shape[1]
+        return (slice(group * per, (group + 1) * per),)
+    stack = [d for d in range(len(weight.shape)) if d not in weight.rows and d not in weight.columns]
+    return (*(part[d][0] for d in stack), slice(*part[weight.rows[0]]))

@@ -20,12 +20,15 @@ from secateur.cut.prove import discover
 from secateur.errors import SecateurError, nearest
 from secateur.load.batches import Batch, size_of
 from secateur.load.model import sliding_window
+from secateur.measure.clock import Clock
 from secateur.measure.quality import Metric
 from secateur.methods.base import Decision
 from secateur.methods.probing import Prober, Reach, sensitivities
 from secateur.methods.ranking import MEASURES, check_limits, is_pretrained, range_of, together
 from secateur.methods.structural import FROM_DATA, FROM_WEIGHTS, criterion_scores
+from secateur.methods.timing import timed, timing_inputs
 from secateur.progress import Track, quiet
+from secateur.space import Space
 from secateur.space.trace import Inputs
 
 
@@ -69,14 +72,13 @@ def fastnas(
             they stay as they are.
         levels: to how many sizes each axis is cut for a trial; sizes between them are interpolated.
         criterion: which units of an axis go first; see the method structural.
-        uniform: keep axes of one kind and size alike in all layers; by default for Hugging Face models, because stock
-            loaders take only those.
+        uniform: the same sizes in all layers, as stock loaders want them; by default for Hugging Face models.
         keep_at_least: share of every axis that stays.
         limits: kind, or pattern of axis or module names -> the largest share that may go.
         ignore: kinds, and patterns of axis or module names: their units stay.
         only: kinds and patterns of what may go; everything by default but head_dim, ssm_head_dim and rank.
         round_to: of what the sizes that are cut are multiples, for all kinds or for each.
-        clock: plan -> seconds, measured; a budget of latency needs it.
+        clock: plan -> seconds, for a budget of latency; by default the model's parts are timed (`measure.clock`).
         loss: (model, batch) -> scalar, for the criteria taylor, taylor_squared and fisher.
         seed: of the criterion random.
         kv_batch: sequences whose KV cache the memory budget counts.
@@ -98,7 +100,8 @@ def fastnas(
     units = criterion_scores(model, space, axes, data, criterion, loss, seed, track)
     alike = uniform if uniform is not None else is_pretrained(model)
     ladders = within.ladders(together(axes, alike), units)
-    goal = Reach(space, workload, budget, ladders, units, clock)
+    own = _clock(model, space, data, inputs, track) if "latency" in budget.limits and clock is None else None
+    goal = Reach(space, workload, budget, ladders, units, clock if own is None else own.predict)
     profiled = time.perf_counter()
     prober = Prober(model, space, inputs, data, score, score_samples, adapt_batches, track)
     measured = sensitivities(prober, ladders, units, levels, track)
@@ -106,7 +109,22 @@ def fastnas(
     seconds = {"tracing": traced - begin, "profile": profiled - traced, "search": time.perf_counter() - profiled}
     told = {"criterion": criterion, "uniform": alike, "space": goal.profile, "target": reached, "seconds": seconds}
     details = {**told, **measured.told, "calibration": {"samples": sum(map(size_of, data))}}
-    return Decision(plan_of(ladders, found, units), space, details)
+    plan = plan_of(ladders, found, units)
+    return Decision(plan, space, details | _latency(own, plan, reached, inputs, track))
+
+
+def _clock(model: nn.Module, space: Space, data: Sequence[Batch], inputs: Inputs, track: Track) -> Clock:
+    return Clock(model, space, timing_inputs(model, data, inputs), traced=inputs, track=track)
+
+
+def _latency(
+    clock: Clock | None, plan: Plan, reached: Mapping[str, Mapping[str, float]], inputs: Inputs, track: Track
+) -> dict[str, Any]:
+    """What the result takes, beside what was predicted of it."""
+    if clock is None:
+        return {}
+    told = {"predicted": reached["latency"]["reached"], "limit": reached["latency"]["limit"]}
+    return {"latency": told | timed(clock, plan, inputs, track=track)}
 
 
 def _check(
@@ -131,9 +149,5 @@ def _check(
     if not data:
         raise SecateurError("fastnas needs data to score on: give batches")
     check_limits("fastnas", budget, (*MEASURES, "latency"))
-    if "latency" in budget.limits and clock is None:
-        raise SecateurError(
-            "a budget of latency must be measured: give a clock, a function plan -> seconds, or limit macs in its place"
-        )
     if "latency" not in budget.limits and clock is not None:
         raise SecateurError("a clock is given, and the budget does not limit latency: add latency=..., or leave it out")

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import nn
 
 from secateur.choose.cost import Workload
@@ -89,9 +88,7 @@ def sizes_of_choice(table: Table, choice: Choice) -> tuple[dict[str, int], list[
     return sizes, [name for level in levels for name in level.dropped]
 
 
-def measured(
-    table: Table, trials: Trials, *, probes: int, which: Sequence[int] | None = None, track: Track = quiet
-) -> tuple[Table, dict[str, int]]:
+def measured(table: Table, trials: Trials, *, probes: int, track: Track = quiet) -> tuple[Table, dict[str, int]]:
     """Correct the losses of a table by measuring some levels of each slot alone, with all else whole.
 
     Between the levels that are measured, the estimate is scaled by the ratio there. The estimates know the shape well
@@ -101,7 +98,6 @@ def measured(
         table: with estimated losses.
         trials: what measures.
         probes: levels of each slot; 0 = none.
-        which: numbers of the batches to measure on.
         track: shows progress.
 
     Returns:
@@ -109,8 +105,8 @@ def measured(
     """
     if not probes:
         return table, {"measured_levels": 0, "prefix_reused": False}
-    prefix = prefix_of(trials) if which is None else None
-    floor = trials.loss({}, (), which)
+    prefix = prefix_of(trials)
+    floor = trials.loss({})
     order = range(len(table.slots))
     if prefix is not None:
         first = {i: _first_block(table.slots[i], trials, prefix.before) for i in order}
@@ -124,7 +120,7 @@ def measured(
         estimates = np.array([table.lost(_alone(table, i, level)) for level in range(len(slot.levels))])
         ratios = {0: 1.0}
         for level in _probed(slot, probes):
-            true = trials.loss(slot.levels[level].sizes, slot.levels[level].dropped, which, prefix) - floor
+            true = trials.loss(slot.levels[level].sizes, slot.levels[level].dropped, prefix=prefix) - floor
             count += 1
             ratios[level] = max(true, 0.0) / max(float(estimates[level]), 1e-12)
         factors[i] = _factors(slot, estimates, ratios)
@@ -172,8 +168,3 @@ def _factors(slot: Slot, estimates: Values, ratios: Mapping[int, float]) -> Valu
         if slot.levels[i].dropped:
             new[i] = ratios[i]
     return new
-
-
-def on_cpu(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors on the CPU."""
-    return {name: tensor.detach().cpu() for name, tensor in weights.items()}

@@ -6,6 +6,7 @@ the stream is cut, and everything else is searched in the narrower model, still 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 from secateur.choose.budget import Budget, Limit
 from secateur.choose.plan import Plan
-from secateur.choose.slots import step_of
+from secateur.choose.select import check_divisors
 from secateur.choose.table import Level, Slot, Table, Term, cost_terms, solve
 from secateur.cut import apply
 from secateur.errors import SecateurError
@@ -21,7 +22,7 @@ from secateur.load.batches import Batch
 from secateur.methods.base import Decision
 from secateur.methods.rotation import after_cut, basis, expected_loss, first_units, measure_streams, rotated
 from secateur.methods.searching import Asked, absolute, check, decide_levels, grounded, level_table
-from secateur.methods.streams import stream_axis
+from secateur.methods.streams import KIND, stream_axis
 from secateur.progress import Track
 
 WIDTHS = (1.0, 0.92, 0.84, 0.75, 0.67)
@@ -32,16 +33,17 @@ def decide_with_width(model: nn.Module, budget: Budget, data: Sequence[Batch], a
     """Pick a width, turn and cut the stream, and search the rest.
 
     Raises:
-        SecateurError: for a stream that cannot be turned (says why), and what `search` raises.
+        SecateurError: for a stream that cannot be turned (says why), options that keep it whole or leave nothing beside
+            it, and what `search` raises.
     """
     check(budget, data, asked)
+    asked, step = _parted(asked)
     if "latency" in budget.limits or not data or asked.survey is not None:
         raise SecateurError("rotate goes with data, without a survey, and with limits other than latency")
     ground, axes, least = grounded(model, budget, data, asked, track)
     space, axis = ground.space, stream_axis(ground.space)
     table = level_table(ground, [a for a in axes if a.name != axis.name], least)
     allowed = absolute(table, budget)
-    step = step_of(axis, ground.round_to if axis.kind in ground.round_to else (asked.round_to or 8))
     widths = list(dict.fromkeys(max(step, round(share * axis.size / step) * step) for share in WIDTHS[1:]))
     widths = [axis.size, *(k for k in widths if k < axis.size)]
     streams = measure_streams(model, space, data, seed=asked.seed, track=track)
@@ -55,7 +57,7 @@ def decide_with_width(model: nn.Module, budget: Budget, data: Sequence[Batch], a
     )
     k = widths[solve(whole, allowed).choice[-1]]
     told = {"hidden": {"dense": axis.size, "pruned": k, "expected": dict(zip(map(str, widths), losses, strict=True))}}
-    rest = replace(asked, rotate=False, ignore=[*asked.ignore, *([axis.kind] if axis.kind not in asked.ignore else [])])
+    rest = replace(asked, ignore=[*asked.ignore, axis.kind])
     if k == axis.size:
         found = decide_levels(model, budget, data, rest, track)
         return replace(found, details={**found.details, **told})
@@ -74,3 +76,25 @@ def decide_with_width(model: nn.Module, budget: Budget, data: Sequence[Batch], a
     after_cut(base, pruned, space, plan, streams, turned)
     weights = {name: p.detach() for name, p in pruned.named_parameters()}
     return Decision(plan, space, {**details, **told}, weights=weights, base=base)
+
+
+def _parted(asked: Asked) -> tuple[Asked, int]:
+    """What is asked of all but the hidden size, and of what that is a multiple.
+
+    Raises:
+        SecateurError: where the hidden size is to stay whole, or is all that may be cut.
+    """
+    spared = next((pattern for pattern in asked.ignore if fnmatchcase(KIND, pattern)), None)
+    if spared is not None:
+        raise SecateurError(f"rotate cuts the {KIND} size, and ignore={spared!r} keeps it: leave one of them out")
+    others = [pattern for pattern in asked.only if pattern != KIND]
+    if asked.only and not others:
+        raise SecateurError(
+            f"rotate cuts the {KIND} size and searches all else, and only={KIND!r} leaves nothing else: name more in "
+            "only, such as ffn, or leave it out"
+        )
+    if asked.round_to is None or isinstance(asked.round_to, int):
+        return replace(asked, only=others), 8 if asked.round_to is None else asked.round_to
+    step = asked.round_to.get(KIND, 8)
+    check_divisors({KIND: step}, [KIND])
+    return replace(asked, only=others, round_to={k: n for k, n in asked.round_to.items() if k != KIND}), step

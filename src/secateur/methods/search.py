@@ -93,6 +93,6 @@ def search(
     asked = Asked(
         inputs, uniform, only, ignore, keep_at_least, limits, round_to, levels, drop, probes, trials, score,
         score_samples, adapt_samples, survey, damping, latency_table, latency_batch, latency_seq_len, seed,
-        Workload(kv_batch, kv_seq_len, stored=stored_dtype), rotate,
+        Workload(kv_batch, kv_seq_len, stored=stored_dtype),
     )  # fmt: skip
     return (decide_with_width if rotate else decide_levels)(model, budget, data, asked, track)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from secateur.choose.budget import Budget
@@ -18,7 +17,6 @@ from secateur.choose.refine import fill, refine
 from secateur.choose.select import check_divisors, choose_axes, least_units
 from secateur.choose.slots import step_of
 from secateur.choose.table import Choice, Level, Slot, Table, Term, cost_terms, solve
-from secateur.cut import apply
 from secateur.cut.names import new_name, renumbered
 from secateur.cut.prove import discover
 from secateur.errors import SecateurError
@@ -26,13 +24,13 @@ from secateur.load.batches import Batch, first_samples
 from secateur.load.model import sliding_window
 from secateur.measure.clock import Clock
 from secateur.measure.closeness import Closeness
-from secateur.measure.latency import LatencyTable, time_models
+from secateur.measure.latency import LatencyTable
 from secateur.measure.quality import Metric
 from secateur.methods.base import Decision
 from secateur.methods.levels import config_allows, measured, sizes_of_choice, slots_for, table_of
 from secateur.methods.survey import Survey, load_survey
 from secateur.methods.survey import survey as make_survey
-from secateur.methods.timing import latency_terms
+from secateur.methods.timing import latency_terms, timed, timing_inputs
 from secateur.methods.trials import Trials
 from secateur.progress import Track
 from secateur.space import Axis, Space
@@ -75,7 +73,6 @@ class Asked:
     latency_seq_len: int | None
     seed: int
     workload: Workload
-    rotate: bool = False
 
 
 @dataclass
@@ -131,10 +128,10 @@ def decide_levels(
     first = solve(table, allowed)
     choice, history = _refined(table, first.choice, allowed, trial, asked, track)
     shown |= history | {"optimal": first.optimal, "gap": first.gap, "front": _front(table, allowed)}
-    finer, last, plan, timed = _fitting(ground, table, choice, allowed)
+    finer, last, plan, latency = _fitting(ground, table, choice, allowed, shown)
     target = {m: {"limit": limit, "reached": finer.cost(m, last)} for m, limit in allowed.items()}
     seconds = {"survey": surveyed - begin, "measuring": tabled - surveyed, "refining": time.perf_counter() - tabled}
-    told: dict[str, Any] = {"levels": shown, "target": target, "seconds": seconds, **timed}
+    told: dict[str, Any] = {"levels": shown, "target": target, "seconds": seconds, **latency}
     return _decision(ground, plan, sizes_of_choice(finer, last)[0], told)
 
 
@@ -176,27 +173,10 @@ def grounded(
     clock = None
     if "latency" in budget.limits:
         known = None if asked.latency_table is None else LatencyTable.load(asked.latency_table)
-        clock = Clock(model, space, timing_inputs(model, data, asked), known, traced=asked.inputs, track=track)
+        own = timing_inputs(model, data, asked.inputs, batch=asked.latency_batch, length=asked.latency_seq_len)
+        clock = Clock(model, space, own, known, traced=asked.inputs, track=track)
     rounded = _rounded(model, space, axes, asked.round_to)
     return Ground(model, data, asked, space, found, uniform, rounded, workload, clock, track), axes, least
-
-
-def timing_inputs(model: nn.Module, data: Sequence[Batch], asked: Asked) -> Inputs:
-    """What is timed: token rows of a Hugging Face model, else the inputs that the model was traced with.
-
-    Raises:
-        SecateurError: where there are none.
-    """
-    if not hasattr(getattr(model, "config", None), "to_dict"):
-        if asked.inputs is None:
-            raise SecateurError("a latency budget needs inputs: what one forward pass takes, with the batch of use")
-        return asked.inputs
-    length = asked.latency_seq_len
-    if length is None:
-        first = next((x for b in data[:1] for x in ([b] if isinstance(b, torch.Tensor) else [])), None)
-        length = first.shape[1] if first is not None and first.dim() == 2 else 128
-    place = next(model.parameters()).device
-    return {"input_ids": torch.zeros(asked.latency_batch, length, dtype=torch.int64, device=place)}
 
 
 def _rounded(
@@ -231,9 +211,12 @@ def _timed(ground: Ground, table: Table) -> Table:
 
 
 def _fitting(
-    ground: Ground, table: Table, choice: Choice, allowed: Mapping[str, float]
+    ground: Ground, table: Table, choice: Choice, allowed: Mapping[str, float], shown: dict[str, Any]
 ) -> tuple[Table, Choice, Plan, dict[str, Any]]:
-    """Fill the budget by single units; where it limits latency, time the result and tighten the limit if need be."""
+    """Fill the budget by single units; where it limits latency, time the result and tighten the limit if need be.
+
+    What is shown of the choice is set right where a tighter limit makes another.
+    """
     limits = dict(allowed)
     tried: list[dict[str, float]] = []
     for attempt in range(ROUNDS):
@@ -242,15 +225,16 @@ def _fitting(
         plan = ground.survey.plan(sizes, whole_layers(ground.space, dropped))
         if ground.clock is None:
             return finer, last, plan, {}
-        pruned = apply(ground.model, plan, space=ground.space, inputs=ground.asked.inputs)
-        dense, cut = time_models([ground.model, pruned], ground.clock.inputs, track=ground.track)
-        tried.append({"predicted": finer.cost("latency", last), "measured": cut.median, "dense": dense.median})
-        if cut.median <= allowed["latency"] * (1 + SLACK) or attempt + 1 == ROUNDS:
+        found = timed(ground.clock, plan, ground.asked.inputs, track=ground.track)
+        tried.append({"predicted": finer.cost("latency", last), **found})
+        if found["measured"] <= allowed["latency"] * (1 + SLACK) or attempt + 1 == ROUNDS:
             break
-        limits["latency"] *= allowed["latency"] / cut.median * 0.99
-        choice = solve(table, limits).choice
-    timed = {**tried[-1], "limit": allowed["latency"], "tried": tried}
-    return finer, last, plan, {"latency": timed}
+        limits["latency"] *= allowed["latency"] / found["measured"] * 0.99
+        again = solve(table, limits)
+        choice = again.choice
+        shown |= {"expected": table.lost(choice), "optimal": again.optimal, "gap": again.gap}
+        shown.pop("measured", None)  # it was of the first choice
+    return finer, last, plan, {"latency": {**tried[-1], "limit": allowed["latency"], "tried": tried}}
 
 
 def check(budget: Budget, data: Sequence[Batch], asked: Asked) -> None:

@@ -25,6 +25,7 @@ from secateur.errors import SecateurError
 from secateur.load.batches import Batch, size_of
 from secateur.load.model import fingerprint, fingerprint_data
 from secateur.mend.damping import enough
+from secateur.methods.counterparts import bias_of, bias_places
 from secateur.progress import Track, quiet
 from secateur.score.fisher import output_gradients
 from secateur.score.grams import Gram, grams
@@ -183,10 +184,10 @@ class Survey:
 
     def _bias(self, consumer: Consumer) -> torch.Tensor:
         """What is added to the products of a matrix, float32 [rows]."""
-        name, place = bias_of(self.model, consumer.weight.name), _rows_of(consumer)
-        if name is None or place is None or self.parameters[name].dim() != 1:
+        name = bias_of(consumer.weight, self.parameters)
+        if name is None:
             return torch.zeros(())
-        return self.parameters[name].detach()[place].float().cpu()
+        return self.parameters[name].detach()[bias_places(consumer.weight, consumer.part)].float().cpu()
 
     def tensors(self, sizes: Sizes, *, weights: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """Repaired parameters of full width: columns of units that go are zero. Biases take up the shifts.
@@ -205,11 +206,10 @@ class Survey:
             matrix, shift = self.solved(number, sizes)
             tensor = found.setdefault(name, self.parameters[name].detach().clone())
             consumer.weight.put(tensor, consumer.part, matrix.to(tensor.dtype))
-            bias = bias_of(self.model, name) if consumer.shifts else None
-            place = _rows_of(consumer)
-            if bias is not None and place is not None and self.parameters[bias].dim() == 1:
+            bias = bias_of(consumer.weight, self.parameters) if consumer.shifts else None
+            if bias is not None:
                 own = found.setdefault(bias, self.parameters[bias].detach().clone())
-                own[place] += shift.to(own.device, own.dtype)
+                own[bias_places(consumer.weight, consumer.part)] += shift.to(own.device, own.dtype)
         return found
 
     def repaired(self, sizes: Sizes, plan: Plan) -> dict[str, torch.Tensor]:
@@ -303,19 +303,6 @@ def refitted(
         new[:, kept] = torch.linalg.solve(inner, C[kept] @ W.T + more * W[:, kept].T).T
     shift = (W - new) @ consumer.mean.double() if consumer.shifts else torch.zeros(len(W), dtype=torch.float64)
     return new.to(matrix.device, matrix.dtype), shift.to(torch.float32)
-
-
-def _rows_of(consumer: Consumer) -> slice | None:
-    """Where the outputs of a matrix lie among those of its weight; None where they have several dimensions."""
-    rows = consumer.weight.rows
-    return slice(*consumer.part[rows[0]]) if len(rows) == 1 else None
-
-
-def bias_of(model: nn.Module, weight: str) -> str | None:
-    """The bias that is added to a weight's products: named as the weight, in the same module."""
-    owner, _, leaf = weight.rpartition(".")
-    name = f"{owner}.{leaf[: -len('weight')]}bias" if leaf.endswith("weight") else ""
-    return name if name in dict(model.named_parameters()) else None
 
 
 def survey(
@@ -457,7 +444,7 @@ def _consumers(
                     thin.append(name)
                 owner = model.get_submodule(name.rpartition(".")[0])
                 convolves = isinstance(owner, nn.modules.conv._ConvNd)
-                shifts = bias_of(model, name) is not None or (convolves and norms)
+                shifts = bias_of(read.weight, parameters) is not None or (convolves and norms)
                 axes = {}
                 for axis, places in reads.items():
                     for other, units in places:

@@ -4,15 +4,62 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
 import numpy as np
+import torch
+from torch import nn
 
+from secateur.choose.plan import Plan
 from secateur.choose.table import Level, Slot, Term, Values
+from secateur.cut import apply
+from secateur.errors import SecateurError
+from secateur.load.batches import Batch
 from secateur.measure.clock import Clock
+from secateur.measure.latency import time_models
 from secateur.measure.leaves import Leaf
 from secateur.progress import Track, quiet
 from secateur.space import Space
+from secateur.space.trace import Inputs
 
 GRID = 4
 """Lengths of an axis at which a part is timed; between them, times are interpolated."""
+
+
+def timing_inputs(
+    model: nn.Module, data: Sequence[Batch], inputs: Inputs, *, batch: int = 1, length: int | None = None
+) -> Inputs:
+    """What is timed: token rows of a Hugging Face model, else the inputs that the model was traced with.
+
+    Args:
+        model: any module.
+        data: calibration batches.
+        inputs: arguments of one forward pass, for what is no Hugging Face model.
+        batch: token rows.
+        length: tokens in each; by default those of the data, or 128 where it is no tensor of them.
+
+    Raises:
+        SecateurError: where there are none.
+    """
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        if inputs is None:
+            raise SecateurError("a latency budget needs inputs: what one forward pass takes, with the batch of use")
+        return inputs
+    if length is None:
+        first = data[0] if len(data) else None
+        length = first.shape[1] if isinstance(first, torch.Tensor) and first.dim() == 2 else 128
+    return {"input_ids": torch.zeros(batch, length, dtype=torch.int64, device=next(model.parameters()).device)}
+
+
+def timed(clock: Clock, plan: Plan, inputs: Inputs, *, track: Track = quiet) -> dict[str, float]:
+    """Seconds of the cut model (measured) and of the dense one, taken in turns.
+
+    Args:
+        clock: of the dense model.
+        plan: what is cut.
+        inputs: that the Space was found with.
+        track: shows progress.
+    """
+    pruned = apply(clock.model, plan, space=clock.space, inputs=inputs)
+    dense, cut = time_models([clock.model, pruned], clock.inputs, timer=clock.timer, track=track)
+    return {"measured": cut.median, "dense": dense.median}
 
 
 def latency_terms(
