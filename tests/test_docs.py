@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ SMALL = {
     "run": [],
     "profile": ["--levels", "2", "--repeats", "2"],
     "survey": ["--samples", "16"],
+    "distill": ["--samples", "64", "--eval-every", "99"],
 }
+SHORT = {"--tokens": "8k"}  # what commands say themselves, and would take too long
 OPTIONS_OF_MINITRON = ("--score-samples", "4", "--top-k", "2")
 
 
@@ -70,7 +73,8 @@ def test_commands_run(workplace: Path) -> None:
         small = [w for w in SMALL[words[1]] if minitron or w not in OPTIONS_OF_MINITRON]
         pairs = zip(small[::2], small[1::2], strict=True)  # what a command says itself stays
         small = [w for option, value in pairs if option not in words for w in (option, value)]
-        done = run([sys.executable, "-m", "secateur", *words[1:], *small], workplace)
+        said = [SHORT.get(option, word) for option, word in pairwise(words)]
+        done = run([sys.executable, "-m", "secateur", *said, *small], workplace)
         assert done.returncode == 0, f"{where}: {shlex.join(words)}: {done.stderr}"
 
 

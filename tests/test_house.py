@@ -18,7 +18,7 @@ LEAVES = ["errors", "progress"]
 ABOVE = ["", "__main__", "walk", "methods", "recipe", "report", "cli"]  # "" is the package's __init__
 KNOWN = {*ROOMS, *LEAVES, *ABOVE}
 EXTRAS = ["transformers", "datasets", "pyarrow", "tokenizers", "matplotlib", "jinja2", "onnx", "openvino", "lm_eval"]
-EXTRAS += ["lightning", "accelerate"]
+EXTRAS += ["lightning", "accelerate", "tensorboard", "peft", "wandb", "onnxruntime", "onnxscript"]
 MAX_FILE, MAX_FUNCTION = 500, 80
 
 

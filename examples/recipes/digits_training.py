@@ -39,3 +39,14 @@ def accuracy(model: nn.Module) -> float:
     """Share of the other images of that split that are classified right: the test images stay unseen until the end."""
     x, y = _images("calib", 2000)
     return secateur.evaluate(model, [(x[1024:], y[1024:])])["accuracy"]
+
+
+def training() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """64 batches of 64 training images."""
+    x, y = _images("train", 4096)
+    return list(zip(torch.split(x, 64), torch.split(y, 64), strict=True))
+
+
+def few() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """2 batches of 32 images of the calibration split: for a first try."""
+    return [(x[:32], y[:32]) for x, y in batches()[:2]]

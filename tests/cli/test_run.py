@@ -120,7 +120,9 @@ def test_values_are_overridden_and_results_replaced_when_asked(
     work: Path, say: Callable[..., str], refused: Callable[..., str]
 ) -> None:
     say("run", "cut.yaml")
-    assert "line 4: out/small: exists already" in refused("run", "cut.yaml")
+    assert say("run", "cut.yaml") == "out/small was made by this very recipe: there is nothing to do\n"
+    assert "line 4: out/small: exists already" in refused("run", "cut.yaml", "--set", "seed=1")
+    assert "line 4: out/small: exists already" in refused("run", "cut.yaml", "--fresh")
     sizes = ("--set", "steps.1.budget={intermediate_size: 32}", "eval_data=data/ids.npy", "--overwrite")
     assert json.loads(say("run", "cut.yaml", *sizes, "--json"))["data"]["evaluation"] == "data/ids.npy"
     assert json.loads(Path("out/small/config.json").read_text())["intermediate_size"] == 32
@@ -128,6 +130,49 @@ def test_values_are_overridden_and_results_replaced_when_asked(
     assert text.startswith("error: cut.yaml, --set steps.1.bugdet: prune by minitron has no option 'bugdet'; did you")
     assert "--set is given twice" in refused("run", "cut.yaml", "--set", "seed=1", "--set", "seed=2")
     assert "holds the model that is being pruned" in refused("run", "cut.yaml", "--overwrite", "--set", "out=dense")
+
+
+HEAL = """\
+model: dense
+data: data/ids.npy
+eval_data: data/text.txt
+out: healed
+steps:
+  - prune: {budget: {intermediate_size: 40}, seq_len: 16}
+  - distill:
+      data: {data/text.txt: 0.75, data/text.jsonl: 0.25}
+      tokens: 256
+      seq_len: 16
+      batch_size: 4
+      cache: true
+      hidden: 0
+  - finetune: {data: data/text.txt, steps: 2, seq_len: 16, optimizer: sgd, lr: 0.01}
+  - evaluate: {seq_len: 16}
+  - report: {}
+"""
+
+
+def test_a_cut_is_healed_on_mixed_data_and_goes_on_where_it_stopped(work: Path, say: Callable[..., str]) -> None:
+    (work / "heal.yaml").write_text(HEAL)
+    text = say("run", "heal.yaml", "--dry-run")
+    for shown in ("2. distill", "256", "Estimates:", "a forward pass of"):
+        assert shown in text
+    assert not (work / "healed.steps").exists()
+    text = say("run", "heal.yaml")
+    for shown in ("1. prune, ", "2. distill, ", "steps of training", "highest learning rate", "256", "report.md"):
+        assert shown in text
+    trained = json.loads((work / "healed/report.json").read_text())["steps"][1]["training"]
+    assert (trained["steps"], trained["tokens"]) == (4, 256)
+    assert trained["after"]["kl"] <= trained["before"]["kl"]
+    told = (work / "healed/report.md").read_text()
+    assert "## 2. distill" in told
+    assert "held-out perplexity" in told
+    assert "{" not in told
+    text = say("run", "heal.yaml", "--set", "steps.4.seq_len=8", "--overwrite")
+    assert text.startswith("steps 1 to 3 are done already, in healed.steps\nstep 4, evaluate, is done again: seq_len")
+    assert "1. prune" not in text
+    text = say("run", "heal.yaml", "--overwrite", "--fresh")
+    assert text.index("1. prune, ") < text.index("5. report, ")
 
 
 def test_several_problems_are_one_message(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,6 +133,21 @@ def parse_limit(measure: str, amount: str | float) -> Limit:
     return limit
 
 
+def parse_count(name: str, amount: str | float) -> int:
+    """Read a whole number as people write it: ``1M``, ``250k`` or a number.
+
+    Raises:
+        SecateurError: for what is none, or is below 1.
+    """
+    match = _NUMBER.match(str(amount).strip())
+    if match is None or match[2].lower() not in _COUNTS:
+        raise SecateurError(f"{name} {amount!r} is not a number such as 250k or 1M")
+    count = float(match[1]) * _COUNTS[match[2].lower()]
+    if not 1 <= count < 2**63:
+        raise SecateurError(f"{name} must be at least 1, not {amount}")
+    return round(count)
+
+
 def _parse_n_m(amount: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+):(\d+)", amount)
     if match is None or not 0 < int(match[1]) < int(match[2]):

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from secateur.cli.models import Making, batches_from, check_sources, open_model
+from secateur.cli.models import Building, batches_from, check_sources, open_model
 from secateur.cli.options import Common, Group, Reading, parse
 from secateur.cli.tables import table
 from secateur.errors import SecateurError
@@ -28,7 +28,7 @@ class Arguments:
     batches: (inputs, class numbers) for a classifier."""
     against: str | None = None
     """The dense model to compare with."""
-    making: Annotated[Making, Group] = dataclasses.field(default_factory=Making)
+    making: Annotated[Building, Group] = dataclasses.field(default_factory=Building)
     reading: Annotated[Reading, Group] = dataclasses.field(default_factory=Reading)
     common: Annotated[Common, Group] = dataclasses.field(default_factory=Common)
 
@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> None:
     built = [is_constructor(name) for name in (arguments.model, arguments.against or "")]
     if sum(built) > 1:
         raise SecateurError("MODEL and --against are both module:callable, and --weights can only be those of one")
-    plain = Making()
+    plain = Building()
     model, tokenizer, _ = open_model(
         arguments.model, plain if built[1] else arguments.making, device=common.device, dtype=common.dtype
     )

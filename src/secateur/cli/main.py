@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from secateur.cli import apply as apply_verb
+from secateur.cli import distill as distill_verb
 from secateur.cli import eval as eval_verb
 from secateur.cli import inspect as inspect_verb
 from secateur.cli import profile as profile_verb
@@ -23,6 +24,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], Any], str]] = {
     "inspect": (inspect_verb.run, "show what can be cut of a model, and what is frozen and why"),
     "prune": (prune_verb.run, "cut a model to a budget and save the smaller one"),
     "survey": (survey_verb.run, "find out once what every cut would lose; then any budget is served without data"),
+    "distill": (distill_verb.run, "train a pruned model to say what the dense one says"),
     "run": (run_verb.run, "run a recipe: prune, fine-tune, adapt and measure, in the steps of a YAML file"),
     "apply": (apply_verb.run, "make a saved plan again, or thin it out otherwise, on these weights"),
     "eval": (eval_verb.run, "measure a model, and what it lost against the dense one"),
@@ -42,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SecateurError as error:
         errors.print(f"error: {error}", style="red", markup=False)
         code = 2
-    except KeyboardInterrupt:
-        errors.print("stopped; nothing was written")
+    except KeyboardInterrupt as stop:
+        errors.print(f"stopped; {str(stop) or 'nothing was written'}")
         code = 130
     except SystemExit as stop:  # tyro has shown the help, or has said what is wrong with the options
         code = stop.code if isinstance(stop.code, int) else 2

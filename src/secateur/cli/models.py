@@ -20,17 +20,13 @@ from secateur.ship import load
 
 
 @dataclasses.dataclass(frozen=True)
-class Making:
-    """For a MODEL that is module:callable, and for tracing any model."""
+class Building:
+    """For a MODEL that is module:callable."""
 
     weights: Path | None = None
     """A .safetensors file of the model's state dict; without, the weights are those that the callable gives."""
     model_args: str | None = None
     """Keyword arguments of the callable, as JSON."""
-    input_shape: tuple[str, ...] = ()
-    """Example inputs to trace the model with, by place: zeros of these shapes, such as 1,3,32,32."""
-    inputs: str | None = None
-    """module:function that returns the example inputs: a tensor, a tuple, or a mapping of arguments."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -46,8 +42,18 @@ class Making:
         return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Making(Building):
+    """For a MODEL that is module:callable, and for tracing any model."""
+
+    input_shape: tuple[str, ...] = ()
+    """Example inputs to trace the model with, by place: zeros of these shapes, such as 1,3,32,32."""
+    inputs: str | None = None
+    """module:function that returns the example inputs: a tensor, a tuple, or a mapping of arguments."""
+
+
 def open_model(
-    name: str, making: Making, *, device: str = "cpu", dtype: str | None = None, weights: bool = True
+    name: str, making: Building, *, device: str = "cpu", dtype: str | None = None, weights: bool = True
 ) -> tuple[nn.Module, Any | None, Source | None]:
     """The model, and of a folder or hub id its tokenizer and source.
 

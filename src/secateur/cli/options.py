@@ -21,6 +21,10 @@ Group = tyro.conf.arg(name="")
 """Annotates a dataclass of options that stand beside the others."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a command that has kept something; the message says what."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Common:
     """Where and how to compute, and how to show the result."""
@@ -89,6 +93,19 @@ def method_options(method: Callable[..., Any], without: Iterable[str]) -> type[A
             documented_kind: Any = Annotated.__class_getitem__((hints[name], tyro.conf.arg(help=text)))  # type: ignore[attr-defined]
             fields.append((name, documented_kind, dataclasses.field(default=parameter.default)))
     return dataclasses.make_dataclass("Options", fields, frozen=True)
+
+
+def settings_options(kind: type[Any], without: Iterable[str] = ()) -> type[Any]:
+    """A dataclass of settings without some of its fields, documented by its docstring."""
+    hints = typing.get_type_hints(kind)
+    documented = {p.arg_name: p.description for p in docstring_parser.parse(kind.__doc__ or "").params}
+    fields: list[Any] = []
+    for entry in dataclasses.fields(kind):
+        if entry.name not in without:
+            text = " ".join((documented.get(entry.name) or "").split())
+            shown: Any = Annotated.__class_getitem__((hints[entry.name], tyro.conf.arg(help=text)))  # type: ignore[attr-defined]
+            fields.append((entry.name, shown, dataclasses.field(default=entry.default)))
+    return dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
 
 
 def check_data(*sources: str | None) -> None:

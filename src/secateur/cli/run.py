@@ -10,7 +10,7 @@ from rich.console import Console
 
 from secateur import recipe
 from secateur.cli import tables
-from secateur.cli.options import Common, parse
+from secateur.cli.options import Common, Interrupted, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,10 @@ class Arguments:
     """Values in place of the recipe's, read as YAML: out=out/other steps.1.tolerance=0.1 (steps count from 1)."""
     overwrite: bool = False
     """Replace an existing result."""
+    fresh: bool = False
+    """Do all steps, also those that a run before has done and kept in OUT.steps."""
+    dry_run: bool = False
+    """Show the steps with estimated sizes, memory and time, and do nothing."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
@@ -31,24 +35,34 @@ def run(words: Sequence[str]) -> None:
     """Run the verb."""
     arguments: Arguments = parse(Arguments, "run", words)
     common = Common(json=arguments.json)
-    chosen = recipe.load(arguments.recipe, arguments.set, overwrite=arguments.overwrite)
-    numbers = iter(range(1, len(chosen.steps) + 1))
+    overwrite = arguments.overwrite or arguments.dry_run  # what writes nothing has nothing in its way
+    chosen = recipe.load(arguments.recipe, arguments.set, overwrite=overwrite, fresh=arguments.fresh)
+    if arguments.dry_run:
+        found = recipe.estimate(chosen, track=common.track())
+        common.show(found, lambda console: _dry(console, found))
+        return
 
     def show(entry: Mapping[str, Any]) -> None:
-        number = next(numbers)
-        common.show(entry, lambda console: _draw(console, number, entry))
+        common.show(entry, lambda console: _draw(console, entry))
+
+    def note(text: str) -> None:
+        common.show({}, lambda console: console.print(text, soft_wrap=True))
 
     # Each table as soon as there is one: later steps may take hours, or fail.
-    done = chosen.run(track=common.track(), on_step=None if arguments.json else show)
-    common.show(
-        {"out": str(chosen.head.out), **done.report}, lambda console: _end(console, chosen.head.out, done.report)
-    )
+    told: dict[str, Any] = {} if arguments.json else {"on_step": show, "on_note": note}
+    try:
+        done = chosen.run(track=common.track(), **told)
+    except KeyboardInterrupt:
+        raise Interrupted(f"finished steps are in {chosen.head.out}.steps: run it again, and it goes on") from None
+    if done.new or arguments.json:
+        values = {"out": str(chosen.head.out), **done.report}
+        common.show(values, lambda console: _end(console, chosen.head.out, done.report))
 
 
-def _draw(console: Console, number: int, entry: Mapping[str, Any]) -> None:
+def _draw(console: Console, entry: Mapping[str, Any]) -> None:
     """One step."""
-    title = f"{number}. {entry['step']}, {entry['seconds']:.1f} s"
-    if "history" in entry:
+    title = f"{_name(entry)}, {entry['seconds']:.1f} s"
+    if entry["step"] == "iterative":
         title += f": {entry['metric']} of the dense model {entry['dense']:.4g}"
         columns = ("step", "gone", "parameters", "not zero", "before training", "after")
         tables.table(console, title, columns, [_in_steps(one, entry["best"]) for one in entry["history"]])
@@ -62,15 +76,51 @@ def _draw(console: Console, number: int, entry: Mapping[str, Any]) -> None:
             rows.append((label, f"{cost['dense']:,}", f"{cost['pruned']:,}"))
     if "batch_norms_adapted" in entry:
         rows = [("batch norms adapted", "", str(entry["batch_norms_adapted"])), ("samples", "", str(entry["samples"]))]
+    rows += _training(entry.get("training", {})) + _written(entry)
     if "measured" in entry:
         rows += _measured(entry["measured"])
-    tables.table(console, title, ("", "dense" if entry["step"] == "evaluate" else "before", "after"), rows)
+    before = {"evaluate": "dense", "quantize": "model"}.get(entry["step"], "before")
+    tables.table(console, title, ("", before, "int8" if entry["step"] == "quantize" else "after"), rows)
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    return f"{entry['number']}. {entry['step']}" + (f" (round {entry['round']})" if entry.get("round") else "")
 
 
 def _in_steps(one: Mapping[str, Any], best: int) -> tuple[str, ...]:
     before, after = ("not finite" if one[key] is None else f"{one[key]:.4g}" for key in ("before", "after"))
     name = f"{one['step']}" + (" best" if one["step"] == best else "")
     return name, f"{100 * one['sparsity']:.2f}%", f"{one['params']:,}", f"{one['nonzero']:,}", before, after
+
+
+def _training(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """How a training went."""
+    if not found:
+        return []
+    rows = [("steps of training", "", f"{found['steps']:,}"), ("highest learning rate", "", f"{found['lr']:.3g}")]
+    rows += [("tokens", "", f"{found['tokens']:,}")] if found.get("tokens") is not None else []
+    before, after = found.get("before", {}), found.get("after", {})
+    return rows + [
+        (f"{name}, held out", _text(before.get(name)), _text(value))
+        for name, value in after.items()
+        if isinstance(value, int | float)
+    ]
+
+
+def _written(entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The files of a step, and how good a quantised one is."""
+    rows = [(name, "", tables.bytes_text(size)) for name, size in entry.get("files", {}).items()]
+    if "bytes" in entry:
+        both = entry["bytes"]
+        rows = [("size", tables.bytes_text(both["exported"]), tables.bytes_text(both["quantized"]))]
+    for name, value in entry.get("quality", {}).items():
+        if isinstance(value, Mapping):
+            rows.append((f"{name}, held out", _text(value["model"]), _text(value["int8"])))
+    return rows
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else ""
 
 
 def _measured(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -86,6 +136,26 @@ def _measured(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         elif name in ("samples", "tokens"):
             rows.append((f"{name} measured on", "", f"{value:,}"))
     return rows
+
+
+def _dry(console: Console, found: Mapping[str, Any]) -> None:
+    """What is estimated."""
+    rows = [
+        (
+            _name(entry) + (", done already" if entry["done"] else ""),
+            *(f"{entry[key]:,}" for key in ("params", "nonzero", "samples", "tokens")),
+            tables.bytes_text(entry["memory"]),
+            f"{entry['seconds']:.1f} s",
+        )
+        for entry in found["steps"]
+    ]
+    columns = ("step", "parameters", "not zero", "samples", "tokens", "memory", "time")
+    tables.table(console, f"{found['model']}: {found['params']:,} parameters", columns, rows)
+    left = f"about {found['seconds']:.0f} s and {tables.bytes_text(found['memory'])} for what is not done already"
+    timed = found["forward"]
+    size = f"{timed['tokens']:,} tokens" if timed["tokens"] else f"{timed['samples']:,} samples"
+    console.print(f"{left}; a forward pass of {size} took {timed['seconds']:.3g} s here", soft_wrap=True)
+    console.print(found["note"], soft_wrap=True)
 
 
 def _end(console: Console, out: Path, report: Mapping[str, Any]) -> None:

@@ -6,15 +6,17 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Draw a table; the first column is words, the others are numbers."""
-    drawn = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    drawn = Table(box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         drawn.add_row(*row)
+    console.print(Text(title, style="bold"), soft_wrap=True)  # a table's own title is wrapped at its width
     console.print(drawn)
 
 

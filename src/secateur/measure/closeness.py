@@ -1,7 +1,6 @@
 """How close a model of any kind still is to the dense one, by what both give for the same batches."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -10,6 +9,7 @@ from torch.nn import functional
 from secateur.errors import SecateurError
 from secateur.load.batches import Batch, run
 from secateur.load.mode import evaluating
+from secateur.load.predictions import class_dim, counted, is_language
 from secateur.progress import Track, quiet
 from secateur.score.fisher import are_logits, outputs_and_kind
 
@@ -40,7 +40,7 @@ class Closeness:
         self.batches = batches
         with evaluating(dense), torch.no_grad():
             first, said = outputs_and_kind(run(dense, batches[0]))
-        self._language = _is_language(dense, batches[0], first)
+        self._language = is_language(dense, batches[0], first)
         self.measure = "kl" if self._language or are_logits(batches[0], said=said) else "mse"
         self._dense = [self._outputs(dense, batch, i) for i, batch in enumerate(track(batches, "dense reference"))]
 
@@ -80,9 +80,9 @@ class Closeness:
         """What counts of the outputs: log probabilities [predictions, classes], or numbers."""
         with evaluating(model), torch.inference_mode():
             found, _ = outputs_and_kind(run(model, batch))
-            counts = _counts(batch, found, language=self._language)
+            counts = counted(batch, found, language=self._language)
             if self.measure == "kl":
-                found = found.movedim(_class_dim(batch, found), -1)
+                found = found.movedim(class_dim(batch, found), -1)
             found = (found.flatten(0, -2) if counts is None else found[counts]) if found.dim() > 1 else found
             found = found.float()
             if not bool(torch.isfinite(found).all()):
@@ -90,31 +90,3 @@ class Closeness:
                     f"{type(model).__name__} has NaN or infinite outputs in batch {index}: check the weights and dtype"
                 )
             return functional.log_softmax(found, -1) if self.measure == "kl" else found
-
-
-def _counts(batch: Any, found: torch.Tensor, *, language: bool) -> torch.Tensor | None:
-    """Which positions [B, S] count: what the mask keeps; of a language model, what has a next token. None = all."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    real = None
-    if isinstance(mask, torch.Tensor) and found.dim() > 2 and mask.shape == found.shape[:2]:
-        real = mask.to(found.device).bool()
-    if not language:
-        return real
-    real = torch.ones(found.shape[:2], dtype=torch.bool, device=found.device) if real is None else real
-    next_one = torch.zeros_like(real)
-    next_one[:, :-1] = real[:, 1:] & real[:, :-1]
-    return next_one
-
-
-def _is_language(model: nn.Module, batch: Batch, logits: torch.Tensor) -> bool:
-    """Whether it predicts tokens."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    tokens = isinstance(batch, torch.Tensor) or (isinstance(batch, Mapping) and "input_ids" in batch)
-    return tokens and logits.dim() == 3 and logits.shape[-1] == getattr(text, "vocab_size", None)
-
-
-def _class_dim(batch: Batch, outputs: torch.Tensor) -> int:
-    """Of a pair whose targets are fewer by the second dimension, that; else the last."""
-    spread = isinstance(batch, tuple | list) and outputs.dim() > 2 and batch[1].shape != outputs.shape[:-1]
-    return 1 if spread else outputs.dim() - 1

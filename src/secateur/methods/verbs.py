@@ -119,7 +119,7 @@ def batches_of(
     return list(torch.split(tokens, batch_size))
 
 
-_LOADING = tuple(name for name in inspect.signature(batches_of).parameters if name not in ("model", "data", "track"))
+LOADING = tuple(name for name in inspect.signature(batches_of).parameters if name not in ("model", "data", "track"))
 """Options of the verbs that say how data is read."""
 
 
@@ -155,10 +155,10 @@ def _parted(method: str, options: Mapping[str, Any], inputs: Inputs) -> tuple[di
     known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
     given = dict(options) if inputs is None else {**options, "inputs": inputs}
     for name in given:
-        if name not in known and name not in _LOADING:
-            raise SecateurError(f"{method} has no option {name!r}{nearest(name, [*known, *_LOADING])}")
+        if name not in known and name not in LOADING:
+            raise SecateurError(f"{method} has no option {name!r}{nearest(name, [*known, *LOADING])}")
     own = {name: value for name, value in given.items() if name in known}
-    return own, {name: given[name] for name in _LOADING if name in given}
+    return own, {name: given[name] for name in LOADING if name in given}
 
 
 def _calibration(model: nn.Module, method: str, data: Data, loading: Mapping[str, Any], track: Track) -> list[Batch]:
@@ -331,8 +331,8 @@ def evaluate(
         SecateurError: for bad data or an unknown option.
     """
     for name in loading:
-        if name not in _LOADING:
-            raise SecateurError(f"evaluate has no option {name!r}{nearest(name, _LOADING)}")
+        if name not in LOADING:
+            raise SecateurError(f"evaluate has no option {name!r}{nearest(name, LOADING)}")
     rows: list[Any] = batches_of(against if against is not None else model, data, track=track, **loading)
     if labelled(rows):
         return _classified(model, rows, against, track)

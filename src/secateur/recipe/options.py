@@ -2,12 +2,13 @@
 
 import collections.abc
 import inspect
+import math
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from secateur.errors import SecateurError, nearest
 from secateur.load.built import STRUCTURE
@@ -63,6 +64,9 @@ def typed(name: str, value: Any, hint: Any) -> Any:
     """
     converted = _converted(name, value, hint)
     if converted is _NOTHING:
+        known = _names(hint)
+        if known and isinstance(value, str):
+            raise SecateurError(f"{name}: there is no {value!r}{nearest(value, known)}")
         raise SecateurError(f"{name} must be {_words(hint)}, not {value!r}")
     return converted
 
@@ -81,13 +85,21 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     if origin in (typing.Union, UnionType):
         every = (_converted(name, value, part) for part in parts)
         return next((found for found in every if found is not _NOTHING), _NOTHING)
-    if origin is collections.abc.Callable:
-        return function(name, value) if isinstance(value, str) else _NOTHING
+    if origin in (collections.abc.Callable, Literal):
+        return _named(name, value, origin, parts)
     if isinstance(value, list | tuple):
         return _list(name, value, origin, parts)
     if isinstance(value, dict):
         return _dict(name, value, origin, parts)
     return _scalar(name, value, hint)
+
+
+def _named(name: str, value: Any, origin: Any, parts: Sequence[Any]) -> Any:
+    if not isinstance(value, str):
+        return _NOTHING
+    if origin is Literal:
+        return value if value in parts else _NOTHING
+    return function(name, value)
 
 
 def _scalar(name: str, value: Any, hint: Any) -> Any:
@@ -124,6 +136,15 @@ def _dict(name: str, value: Mapping[Any, Any], origin: Any, parts: Sequence[Any]
     return _NOTHING if any(one is _NOTHING for one in (*keys, *values)) else dict(zip(keys, values, strict=True))
 
 
+def _names(hint: Any) -> list[str]:
+    """The texts that a hint of Literal takes, alone or with null."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, UnionType):
+        kinds = [part for part in parts if part is not NoneType]
+        return _names(kinds[0]) if len(kinds) == 1 else []
+    return list(map(str, parts)) if typing.get_origin(hint) is Literal else []
+
+
 def _words(hint: Any) -> str:
     """A type hint as people would say it; types that no YAML can be are left out."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
@@ -134,6 +155,8 @@ def _words(hint: Any) -> str:
     match origin:
         case collections.abc.Callable:
             found = "module:function"
+        case _ if origin is Literal:
+            found = f"one of {', '.join(map(str, parts))}"
         case collections.abc.Sequence:
             found = f"a list (each {_words(parts[0])})"
         case collections.abc.Mapping:
@@ -200,6 +223,30 @@ def check_model(name: str, value: str) -> None:
         find_source(value)
 
 
+def check_teacher(name: str, value: str) -> None:
+    """As `check_model`; ``dense`` is what the recipe began with."""
+    if value != "dense":
+        check_model(name, value)
+
+
+def check_file(name: str, value: str) -> None:
+    """Raise SecateurError for what is no plain name of an .onnx file."""
+    if Path(value).name != value or Path(value).suffix != ".onnx" or value.startswith("."):
+        raise SecateurError(f"{name} must be the plain name of an .onnx file, such as model.onnx, not {value!r}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise SecateurError for what lies outside of 0 and 1."""
+    if not 0 <= value <= 1:
+        raise SecateurError(f"{name} is a share of the run, between 0 and 1, not {value:g}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise SecateurError for zero, negative numbers, infinity and NaN."""
+    if not 0 < value < math.inf:
+        raise SecateurError(f"{name} must be above 0, not {value:g}")
+
+
 def check_budget(name: str, value: Any) -> None:
     """Raise SecateurError for a budget that cannot be read."""
     del name  # the message says budget, or dims
@@ -212,6 +259,21 @@ def check_data(name: str, value: str) -> None:
         function(name, value)
     elif value != "self":
         check_source(value)
+
+
+def check_mixed(name: str, value: str | Mapping[str, float]) -> None:
+    """As `check_data`, for one source, or several with their weights."""
+    if isinstance(value, str):
+        check_data(name, value)
+        return
+    if not value:
+        raise SecateurError(f"{name} must hold at least one source and its weight, such as {{my/text: 0.7}}")
+    for source, weight in value.items():
+        if source == "self" or names_function(source):
+            raise SecateurError(f"{name}: {source} cannot be mixed with other data; give files, folders or hub ids")
+        if not 0 < weight < math.inf:
+            raise SecateurError(f"{name}: the weight of {source} must be above 0, not {weight:g}")
+        check_source(source)
 
 
 def check_held_out(name: str, value: str) -> None:
@@ -236,5 +298,10 @@ def check_inputs(name: str, value: Any) -> None:
 ModelName = Annotated[str, check_model]
 BudgetText = Annotated[str | Sequence[str] | Mapping[str, int], check_budget]
 Calibration = Annotated[str, check_data]
+Mixed = Annotated[str | Mapping[str, float], check_mixed]
 HeldOut = Annotated[str, check_held_out]
+TeacherName = Annotated[str, check_teacher]
+FileName = Annotated[str, check_file]
+Share = Annotated[float, check_share]
+Positive = Annotated[float, check_positive]
 Inputs = Annotated[str | Mapping[str, Sequence[Sequence[int]]], check_inputs]

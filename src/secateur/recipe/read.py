@@ -1,26 +1,24 @@
 """Reading a recipe: everything that can be known to be wrong is told at once, before anything heavy starts."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError, nearest
 from secateur.load.functions import is_constructor
 from secateur.load.model import find_source, is_hub_id
-from secateur.methods import MASKING, METHODS
-from secateur.methods.structural import FROM_DATA
-from secateur.methods.verbs import budget_of
-from secateur.recipe.options import names_function, options_of, typed
+from secateur.methods import METHODS
+from secateur.recipe import conflicts, repeat
+from secateur.recipe.conflicts import DATA, Placed
+from secateur.recipe.options import options_of, typed
 from secateur.recipe.pipeline import Head, Recipe, Step
 from secateur.recipe.sheet import Sheet, Where, overridden
-from secateur.recipe.steps import STEPS, Reading, method_of
+from secateur.recipe.steps import MORE, STEPS, TRAINING, method_of
 from secateur.ship.checkpoint import check_out
 
 NOT_TOLD = ("inputs", "stored_dtype", "seed", "track")
 """Options of methods that a recipe sees to for all steps."""
-_DATA = ("data", "eval_data")
-"""Options of steps that a recipe may give for all of them."""
 
 
 def load(
@@ -28,6 +26,7 @@ def load(
     overrides: Iterable[str] | Mapping[str, Any] = (),
     *,
     overwrite: bool = False,
+    fresh: bool = False,
 ) -> Recipe:
     """Read a recipe and check all of it; nothing heavy is done.
 
@@ -37,8 +36,9 @@ def load(
     Args:
         source: a YAML file, or a mapping of the same form.
         overrides: values in place of the recipe's: texts ``steps.1.tolerance=0.1``, or path -> value. Steps are
-            counted from 1, and the name of the step is left out.
-        overwrite: whether an old result in `out` may be replaced.
+            counted from 1, and the name of the step is left out; within a repeat, ``steps.2.steps.1.budget``.
+        overwrite: whether an old result in `out` may be replaced. One that this very recipe has made is not in the way.
+        fresh: whether steps that are done already, in ``<out>.steps``, are done again.
 
     Raises:
         SecateurError: for all that is wrong with it at once, each with its line: unknown keys, steps and options,
@@ -53,62 +53,106 @@ def load(
         if key not in known:
             sheet.problem((key,), f"a recipe has no {key!r}{nearest(str(key), [*known, 'steps'])}")
     head = _filled(sheet, (), "a recipe", known, said, {})
-    steps = list(_steps(sheet, head))
-    _check_data_of_constructor(sheet)
+    placed = _steps(sheet, head, ())
+    for where, text in conflicts.between(placed):
+        sheet.problem(where, text)
+    conflicts.data_of_constructor(sheet)
+    in_the_way = None
     if "out" in head:
         try:
             model = str(head.get("model", ""))
             local = model and not is_constructor(model) and not is_hub_id(model)
             check_out(head["out"], overwrite=overwrite, source=find_source(model) if local else None)
         except SecateurError as error:
-            sheet.problem(("out",), str(error))
+            in_the_way = str(error)
+    if in_the_way is not None and not sheet.sound:
+        sheet.problem(("out",), in_the_way)
     sheet.check()
-    return Recipe(Head(**head), steps, overwrite)
+    found = Recipe(Head(**head), [one.step for one in placed], overwrite, fresh)
+    if in_the_way is not None and found.made() is None:  # what it made itself is not in its way
+        sheet.problem(("out",), in_the_way)
+        sheet.check()
+    return found
 
 
-def _steps(sheet: Sheet, head: Mapping[str, Any]) -> Iterator[Step]:
-    """The steps that can be understood; the others are problems of the sheet."""
-    if "steps" not in sheet.values:
-        sheet.problem((), f"a recipe needs steps: a list of {', '.join(STEPS)}")
-        return
-    written = sheet.values["steps"]
+def _steps(sheet: Sheet, head: Mapping[str, Any], above: Where) -> list[Placed]:
+    """The steps that can be understood, of the recipe or of a repeat; the others are problems of the sheet."""
+    values, what = sheet.at(above), "a repeat" if above else "a recipe"
+    if "steps" not in values:
+        sheet.problem(above, f"{what} needs steps: a list of {', '.join(STEPS)}{'' if above else ', repeat'}")
+        return []
+    written = values["steps"]
     if not isinstance(written, list) or not written:
-        sheet.problem(("steps",), f"steps must be a list of at least one step, not {written!r}")
-        return
+        sheet.problem((*above, "steps"), f"steps must be a list of at least one step, not {written!r}")
+        return []
+    found: list[Placed] = []
     for i, entry in enumerate(written):
         if not isinstance(entry, dict) or len(entry) != 1:
-            sheet.problem(("steps", i), f"a step is a name and its options, such as 'evaluate: {{}}', not {entry!r}")
+            text = f"a step is a name and its options, such as 'evaluate: {{}}', not {entry!r}"
+            sheet.problem((*above, "steps", i), text)
             continue
         name, said = next(iter(entry.items()))
-        where: Where = ("steps", i, name)
-        if name not in STEPS:
-            sheet.problem(where, f"there is no step {name!r}{nearest(str(name), STEPS)}")
-            continue
-        if said is not None and not isinstance(said, dict):
+        where: Where = (*above, "steps", i, name)
+        if name not in STEPS and (name != "repeat" or above):
+            nested = "a repeat holds no other repeat" if name == "repeat" else None
+            sheet.problem(where, nested or f"there is no step {name!r}{nearest(str(name), [*STEPS, 'repeat'])}")
+        elif said is not None and not isinstance(said, dict):
             sheet.problem(where, f"{name} takes a mapping of options, not {said!r}")
-            continue
-        said = said or {}
-        known = _options(name, said)
-        method = method_of(name, said)
-        what = name if method is None else f"{name} by {method}"
-        for option in said:
-            if option not in known:
-                sheet.problem((*where, option), f"{what} has no option {option!r}{nearest(str(option), known)}")
-        arguments = _filled(sheet, where, what, known, said, head)
-        inherited = {key: sheet.values[key] for key in _DATA if key in known and sheet.values.get(key) is not None}
-        whole = {**inherited, **said}
-        for option, text in _conflicts(name, arguments, whole, str(sheet.values.get("model", ""))):
-            sheet.problem((*where, option), text)
-        yield Step(name, arguments, whole)
+        elif name == "repeat":
+            found += _repeat(sheet, head, where, said or {}, found)
+        else:
+            found.append(Placed(_step(sheet, head, where, name, said or {}), where))
+    return found
 
 
-def _options(name: str, said: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
-    """What a step takes: its keyword arguments; how data is read; the options of the method that it is told."""
+def _repeat(
+    sheet: Sheet, head: Mapping[str, Any], where: Where, said: Mapping[str, Any], before: Sequence[Placed]
+) -> list[Placed]:
+    """The steps of all rounds; those of one round where something is wrong."""
+    known = options_of(repeat.Repeat)
+    for option in said:
+        if option not in known and option != "steps":
+            sheet.problem((*where, option), f"repeat has no option {option!r}{nearest(str(option), [*known, 'steps'])}")
+    told = _filled(sheet, where, "repeat", known, {k: v for k, v in said.items() if k != "steps"}, {})
+    steps = _steps(sheet, head, where) if said else []
+    if not said:
+        sheet.problem(where, "repeat needs steps, and times or until")
+    unsound = any(said.get(name) is not None and name not in told for name in known)
+    if not steps or unsound or any(option not in known and option != "steps" for option in said):
+        return steps
+    wrong = list(repeat.problems(told, steps, before))
+    for i, text in wrong:
+        sheet.problem(where if i is None else (*steps[i].where, "budget"), text)
+    return steps if wrong else repeat.unrolled(told, steps, before)
+
+
+def _step(sheet: Sheet, head: Mapping[str, Any], where: Where, name: str, said: Mapping[str, Any]) -> Step:
+    """One step, with what is sound of its options."""
+    known = known_options(name, said)
+    method = method_of(name, said)
+    what = name if method is None else f"{name} by {method}"
+    for option in said:
+        if option not in known:
+            sheet.problem((*where, option), f"{what} has no option {option!r}{nearest(str(option), known)}")
+    # A step that measures by a function of its own does without the recipe's held-out data.
+    own = name in TRAINING and said.get("evaluate") is not None
+    whole_recipe = {key: value for key, value in head.items() if not (own and key == "eval_data")}
+    arguments = _filled(sheet, where, what, known, said, whole_recipe)
+    given = {key: sheet.values.get(key) for key in DATA if key in known and not (own and key == "eval_data")}
+    inherited = {key: value for key, value in given.items() if value is not None}
+    whole = {**inherited, **said}
+    for option, text in conflicts.within(name, arguments, whole, str(sheet.values.get("model", ""))):
+        sheet.problem((*where, option), text)
+    return Step(name, arguments, whole)
+
+
+def known_options(name: str, said: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    """What a step takes: its keyword arguments; the fields that MORE says; the options of its method."""
     function = STEPS[name]
     known = options_of(function)
     rest = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
-    if rest:
-        known = {**options_of(Reading), **known}
+    for kind in MORE[rest[0]] if rest else ():
+        known = {**options_of(kind, without=NOT_TOLD), **known}
     if rest == ["options"]:
         # Of a method that there is not, the name is the mistake, and not the options.
         named = METHODS.get(method_of(name, said) or "")
@@ -142,65 +186,10 @@ def _filled(
                 found[name] = typed(name, said[name], parameter.annotation)
             except SecateurError as error:
                 sheet.problem((*where, name), str(error))
-        elif name in _DATA and whole.get(name) is not None:
+        elif name in DATA and whole.get(name) is not None:
             found[name] = whole[name]
-        elif name in _DATA and where and sheet.values.get(name) is not None:
+        elif name in DATA and where and sheet.values.get(name) is not None:
             pass  # it is wrong at the top, and told there
         elif parameter.default is parameter.empty:
-            sheet.problem(where, f"{what} needs {name}{', here or for the whole recipe' if name in _DATA else ''}")
+            sheet.problem(where, f"{what} needs {name}{', here or for the whole recipe' if name in DATA else ''}")
     return found
-
-
-def _conflicts(
-    name: str, arguments: Mapping[str, Any], said: Mapping[str, Any], model: str
-) -> Iterator[tuple[str, str]]:
-    """(option, what is wrong) of options that do not go together; each by itself is told elsewhere.
-
-    Args:
-        name: of the step.
-        arguments: what was sound.
-        said: all of it, with what the whole recipe gives.
-        model: of the recipe.
-    """
-    if name == "iterative" and said.get("evaluate") is None:
-        if said.get("eval_data") is None:
-            yield "evaluate", "iterative needs evaluate, a module:function, or eval_data, here or for the whole recipe"
-        if said.get("higher_is_better") is False:
-            yield "higher_is_better", "higher_is_better: false goes with evaluate; without it, higher is better"
-    method = method_of(name, said)
-    if method is None or method not in METHODS or ("method" in said and "method" not in arguments):
-        return  # it has none, or one that was refused
-    if is_constructor(model) and "inputs" not in inspect.signature(METHODS[method]).parameters:
-        yield "method", f"{method} prunes Hugging Face language models; for {model} say method: structural"
-    criterion = said.get("criterion")
-    if said.get("data") is None and (criterion in FROM_DATA or (method in MASKING and method != "magnitude")):
-        what = f"criterion {criterion}" if criterion in FROM_DATA else method
-        yield "data", f"{what} needs data, here or for the whole recipe"
-    if "budget" in arguments:
-        try:
-            asked = budget_of(arguments["budget"])
-            if method in MASKING:
-                asked.sparsity()
-            elif "sparsity" in asked.limits or asked.n_m is not None:
-                yield "budget", f"budget {asked} is for methods that mask ({', '.join(MASKING)}), and {method} cuts"
-        except SecateurError as error:
-            yield "budget", str(error)
-
-
-def _check_data_of_constructor(sheet: Sheet) -> None:
-    """Files and hub ids are for language models of Hugging Face; any other model takes batches of a function."""
-    model = sheet.values.get("model")
-    if not isinstance(model, str) or not is_constructor(model):
-        return
-    places: list[Where] = [()]
-    steps = sheet.values.get("steps")
-    for i, step in enumerate(steps if isinstance(steps, list) else []):
-        if isinstance(step, dict):
-            places += [("steps", i, name) for name, said in step.items() if isinstance(said, dict)]
-    for where in places:
-        for name in _DATA:
-            value = sheet.at(where).get(name)
-            told = name == "eval_data" and value == "self"  # that never goes
-            if isinstance(value, str) and not names_function(value) and not told:
-                text = "which returns batches (inputs, targets)"
-                sheet.problem((*where, name), f"{name} {value}: for {model} give module:function, {text}")

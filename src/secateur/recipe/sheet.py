@@ -54,6 +54,11 @@ class Sheet:
         if (where, text) not in self._problems:
             self._problems.append((where, text))
 
+    @property
+    def sound(self) -> bool:
+        """Whether no problem was found until now."""
+        return not self._problems
+
     def check(self) -> None:
         """Raise one SecateurError that tells all problems, in the order of the recipe."""
         order: dict[Where | None, int] = {where: i for i, where in enumerate(self._places)}
@@ -65,15 +70,15 @@ class Sheet:
             raise SecateurError("\n  ".join([f"{self.name} has {len(lines)} problems", *lines]))
 
     def override(self, path: str, value: Any) -> None:
-        """Set one value: of a key at the top, or of ``steps.N.option``, N counted from 1.
+        """Set one value: of a key at the top, of ``steps.N.option``, or ``steps.N.steps.M.option`` in a repeat, from 1.
 
         What stands above the last key must be there; the last key may be new, and is checked as all keys are.
         """
         keys = path.split(".")
         where: Where = ()
         try:
-            if keys[0] == "steps" and len(keys) > 1:
-                where, keys = self._step(keys), keys[2:]
+            while keys[0] == "steps" and len(keys) > 1 and where[-1:] in ((), ("repeat",)):
+                where, keys = self._step(where, keys), keys[2:]
             for key in keys[:-1]:
                 node = self._mapping(where)
                 if key not in node:
@@ -109,19 +114,22 @@ class Sheet:
             raise SecateurError(f"{where[-1]} is {node!r}, and has no parts to set")
         return node
 
-    def _step(self, keys: list[str]) -> Where:
-        """Where the options of step N stand."""
-        steps = self.values.get("steps")
+    def _step(self, above: Where, keys: list[str]) -> Where:
+        """Where the options of step N stand, of the whole recipe or of a repeat."""
+        steps = self.at(above).get("steps")
         count = len(steps) if isinstance(steps, list) else 0
         number = int(keys[1]) if keys[1].isdecimal() else 0
         if not 1 <= number <= count:
-            raise SecateurError(f"there is no step {keys[1]!r}; they are numbered from 1 to {count}")
-        step = self.at(("steps", number - 1))
+            inside = " of that repeat" if above else ""
+            raise SecateurError(f"there is no step {keys[1]!r}{inside}; they are numbered from 1 to {count}")
+        step = self.at((*above, "steps", number - 1))
         if len(keys) < 3 or not isinstance(step, dict) or len(step) != 1:
             raise SecateurError(f"give an option of step {number}, such as steps.{number}.budget")
         name = next(iter(step))
         step[name] = {} if step[name] is None else step[name]
-        return ("steps", number - 1, name)
+        if name == "repeat" and not isinstance(step[name], dict):
+            raise SecateurError(f"repeat is {step[name]!r}, and has no parts to set")
+        return (*above, "steps", number - 1, name)
 
     def _known(self, where: Where | None) -> Where | None:
         """The place itself, or the nearest one above it that is known; None if there is none."""

@@ -1,21 +1,17 @@
-"""The steps of a recipe: one function each, and one line each in the table."""
+"""The steps of a recipe: one function each, here or beside, and one line each in the table."""
 
 import copy
 import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from secateur.choose.plan import Plan
-from secateur.choose.rescore import MaskScores
-from secateur.errors import SecateurError
-from secateur.load.batches import Batch, size_of
-from secateur.load.functions import call
+from secateur.load.batches import size_of
 from secateur.measure.classify import classify, labelled
 from secateur.measure.quality import perplexity
 from secateur.mend import batch_norm
@@ -23,56 +19,24 @@ from secateur.methods import METHODS, verbs
 from secateur.methods import iterative as in_steps
 from secateur.methods.repair import MENDS
 from secateur.progress import Track
-from secateur.recipe.options import BudgetText, Calibration, HeldOut, at_least, names_function, one_of
+from secateur.recipe.options import BudgetText, Calibration, HeldOut, at_least, one_of
+from secateur.recipe.shipping import export, quantize, report
+from secateur.recipe.training import distill, finetune, sparsify
+from secateur.recipe.work import Made, Reading, Work, parted, rows_of, shown
+from secateur.train.settings import Distillation, Training
 
 SCHEDULES = ("cubic", "linear", "exponential", "constant")
-Count = Annotated[int, at_least(1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How the data of a step is read, as `verbs.batches_of` takes it: what a step may be told as ``**reading``."""
-
-    samples: Count | None = None
-    seq_len: Count | None = None
-    batch_size: Count = 8
-    text_field: str = "text"
-    split: str = "train"
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a step gets; it leaves all of it as it is."""
-
-    model: nn.Module
-    """From the step before."""
-    dense: nn.Module
-    """What the recipe began with."""
-    name: str
-    """Of the dense model."""
-    seed: int
-    tokenizer: Any
-    inputs: Any
-    """Arguments of one forward pass; None where the recipe gives none."""
-    track: Track
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a step gives back."""
-
-    model: nn.Module
-    """A new one, or that of `Work` where it only looked."""
-    report: Mapping[str, Any] = field(default_factory=dict)
-    """JSON values only."""
-    plan: Plan | None = None
-    """What it keeps of the model that it got; of steps that prune."""
-    scores: MaskScores | None = None
-    trained: bool = False
+MORE: Mapping[str, tuple[type, ...]] = {
+    "reading": (Reading,),
+    "options": (Reading,),
+    "training": (Reading, Training),
+    "distilling": (Reading, Training, Distillation),
+}
+"""What a step takes beside its keyword arguments, by the name of its last one: fields of these dataclasses."""
 
 
 # Each step: keyword arguments are what a recipe may say. `data` and `eval_data` that it does not say are those of the
-# whole recipe. **reading = also the fields of Reading; **options = those, and the options of the method.
+# whole recipe. **reading, **training... = also the fields that MORE says; **options = also those of the method.
 
 
 def prune(
@@ -81,21 +45,21 @@ def prune(
     mend: Annotated[str, one_of(MENDS)] | None = None, **options: Any,
 ) -> Made:  # fmt: skip
     """Cut once, as ``secateur prune`` does; with `eval_data`, measure what that cost."""
-    reading, own = _parted(options)
+    reading, own = parted(options, Reading)
     taken = inspect.signature(METHODS[method]).parameters
     if "seed" in taken:
         own["seed"] = work.seed
     used = data or ("self" if verbs.needs_data(method) else None)
     # As in verbs.prune, `samples` is about what is calibrated on.
-    held_out = None if eval_data is None else _rows(work, "eval_data", eval_data, reading | {"samples": None})
+    held_out = None if eval_data is None else rows_of(work, "eval_data", eval_data, reading | {"samples": None})
     result = verbs.prune(
-        work.model, budget, method=method, data=_rows(work, "data", used, reading), eval_data=held_out,
+        work.model, budget, method=method, data=rows_of(work, "data", used, reading), eval_data=held_out,
         inputs=work.inputs if "inputs" in taken else None, name=work.name, track=work.track, mend=mend, **own,
     )  # fmt: skip
-    report = {**result.report, "data": {"calibration": used, "evaluation": eval_data}}
+    report = {**result.report, "data": {"calibration": shown(used), "evaluation": shown(eval_data)}}
     report["spent"] = report.pop("seconds")  # the parts of it
     if "measured" in report:
-        report["measured"] = {**report["measured"], "data": eval_data}
+        report["measured"] = {**report["measured"], "data": shown(eval_data)}
     del report["options"], report["secateur"]
     return Made(result.model, report, result.plan, result.scores)
 
@@ -110,17 +74,17 @@ def iterative(
     mend: Annotated[str, one_of(MENDS)] | None = None, **options: Any,
 ) -> Made:  # fmt: skip
     """Prune and fine-tune in steps; without `evaluate`, by the accuracy or minus the perplexity on `eval_data`."""
-    reading, own = _parted(options)
+    reading, own = parted(options, Reading)
     if "seed" in inspect.signature(METHODS[method]).parameters:
         own["seed"] = work.seed
     metric = getattr(evaluate, "__name__", "evaluate")
     if evaluate is None:
-        rows = _rows(work, "eval_data", eval_data, reading | {"samples": None})
+        rows = rows_of(work, "eval_data", eval_data, reading | {"samples": None})
         metric, evaluate = _metric(rows or [], work.track)
     found = in_steps.iterative(
         work.model, verbs.budget_of(budget), train, evaluate, method=method, steps=steps, schedule=schedule,
         epochs_per_step=epochs_per_step, higher_is_better=higher_is_better, tolerance=tolerance,
-        data=_rows(work, "data", data, reading), inputs=work.inputs, track=work.track, mend=mend, **own,
+        data=rows_of(work, "data", data, reading), inputs=work.inputs, track=work.track, mend=mend, **own,
     )  # fmt: skip
     asked = str(verbs.budget_of(budget))
     report = {
@@ -140,7 +104,7 @@ def iterative(
 def adapt_batch_norm(work: Work, *, data: Calibration, **reading: Any) -> Made:
     """Estimate the running statistics of all batch norms anew."""
     model = copy.deepcopy(work.model)
-    rows = _rows(work, "data", data, reading) or []
+    rows = rows_of(work, "data", data, reading) or []
     count = batch_norm.adapt_batch_norm(model, rows, track=work.track)
     samples = sum(map(size_of, rows))
     return Made(model, {"batch_norms_adapted": count, "samples": samples})
@@ -148,7 +112,7 @@ def adapt_batch_norm(work: Work, *, data: Calibration, **reading: Any) -> Made:
 
 def evaluate(work: Work, *, eval_data: HeldOut, **reading: Any) -> Made:
     """Measure the model beside the dense one that the recipe began with."""
-    rows = _rows(work, "eval_data", eval_data, reading)
+    rows = rows_of(work, "eval_data", eval_data, reading)
     found = verbs.evaluate(work.model, rows, against=work.dense, track=work.track)
     measured: dict[str, Any] = {}
     for name, value in found.items():
@@ -158,44 +122,35 @@ def evaluate(work: Work, *, eval_data: HeldOut, **reading: Any) -> Made:
             measured[name] = {"dense": found[f"dense_{name}"], "pruned": value}
         elif not name.startswith("dense_"):
             measured[name] = value
-    return Made(work.model, {"measured": {**measured, "data": eval_data}})
+    return Made(work.model, {"measured": {**measured, "data": shown(eval_data)}})
 
 
 STEPS: Mapping[str, Callable[..., Made]] = {
     "prune": prune,
     "iterative": iterative,
+    "distill": distill,
+    "finetune": finetune,
+    "sparsify": sparsify,
     "adapt_batch_norm": adapt_batch_norm,
     "evaluate": evaluate,
+    "export": export,
+    "quantize": quantize,
+    "report": report,
 }
+LOOKING = ("evaluate", "export", "quantize", "report")
+"""Steps that leave the model as it is."""
+TRAINING = ("distill", "finetune", "sparsify")
+"""Steps that train by `methods.healing`."""
+CUTTING = ("prune", "iterative")
+"""Steps that decide by a method of the table of methods."""
 
 
 def method_of(name: str, said: Mapping[str, Any]) -> str | None:
-    """The method that a step is told, or its default; None for steps that have none."""
-    parameter = inspect.signature(STEPS[name]).parameters.get("method")
-    told = said.get("method")
-    return None if parameter is None else told if isinstance(told, str) else str(parameter.default)
-
-
-def _parted(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How data is read, and the options of the method."""
-    reading = {entry.name for entry in dataclasses.fields(Reading)}
-    return {n: v for n, v in options.items() if n in reading}, {n: v for n, v in options.items() if n not in reading}
-
-
-def _rows(work: Work, name: str, data: str | None, reading: Mapping[str, Any]) -> list[Batch] | None:
-    """Batches of what a recipe calls data; None where it gives none."""
-    if data is None:
+    """The method of pruning that a step is told, or its default; None for steps that have none."""
+    if name not in CUTTING:
         return None
-    given: Any = data
-    if names_function(data):
-        given = call(data, name, "my_data:batches")
-        if isinstance(given, torch.Tensor) or not hasattr(given, "__iter__"):
-            raise SecateurError(
-                f"{name} {data} returned a {type(given).__name__}, not batches that can be gone through"
-            )
-    return verbs.batches_of(
-        work.model, given, tokenizer=work.tokenizer, seed=work.seed, track=work.track, **reading
-    )  # fmt: skip
+    told = said.get("method")
+    return told if isinstance(told, str) else str(inspect.signature(STEPS[name]).parameters["method"].default)
 
 
 def _metric(rows: Sequence[Any], track: Track) -> tuple[str, in_steps.Metric]:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def save(
     card: str | None = None,
     constructor: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    files: Sequence[Path] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write the whole result into a folder that `load` loads, or nothing.
@@ -66,6 +67,7 @@ def save(
         card: README.md; None makes it from the report, where there is one.
         constructor: ``module:callable`` that builds the dense model, for what is no Hugging Face model.
         arguments: keyword arguments of the constructor, as JSON can hold them.
+        files: copied into the folder, such as the metrics of a training run.
         overwrite: replace `out`, if it is a model folder.
 
     Returns:
@@ -99,6 +101,8 @@ def save(
             scores.save(partial)
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
+        for file in files:
+            shutil.copyfile(file, partial / file.name)
         if constructor is None:
             check_folder(partial)
     return out

@@ -81,13 +81,16 @@ def _forget(model: nn.Module) -> None:
                 value.cache_clear()
 
 
-def export(model: nn.Module, inputs: Inputs = None, *, sources: bool = True) -> tuple[ExportedProgram, Recorder]:
+def export(
+    model: nn.Module, inputs: Inputs = None, *, sources: bool = True, dynamic_shapes: Any = None
+) -> tuple[ExportedProgram, Recorder]:
     """Trace `model` in eval mode; also where the whole numbers in its graph come from.
 
     Args:
         model: any module; its parameters may be on the meta device.
         inputs: see `Inputs`.
         sources: find out where numbers come from; it costs a third of the time.
+        dynamic_shapes: sizes that stay open, as torch.export takes them; None = every size is that of the inputs.
 
     Raises:
         SecateurError: when torch.export cannot follow the forward pass.
@@ -99,7 +102,7 @@ def export(model: nn.Module, inputs: Inputs = None, *, sources: bool = True) -> 
         with evaluating(model), _untouched(model), plain_attention(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             with tagging(model) if sources else nullcontext(Recorder()) as recorder:
-                return torch.export.export(model, args, kwargs, strict=False), recorder
+                return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False), recorder
     except Exception as error:  # torch.export raises whatever the user's own code raises
         raise SecateurError(_explained(model, error)) from error
     finally:
@@ -116,6 +119,10 @@ _ADVICE = (
     ("shapes cannot be multiplied", "the inputs do not fit the model: pass `inputs` of the shapes that it takes"),
     ("same reduction dim", "the inputs do not fit the model: pass `inputs` of the shapes that it takes"),
     ("channels, but got", "the inputs do not fit the model: pass `inputs` of the shapes that it takes"),
+    (
+        "Constraints violated",
+        "the model takes one size only where another was left open: name what may vary, or nothing",
+    ),
     ("argument", "the inputs do not fit the forward pass: pass `inputs` with the arguments that it takes"),
     ("size of tensor", "the inputs do not fit the model: pass `inputs` of the shapes that it takes"),
 )
