@@ -13,19 +13,24 @@ from secateur.choose.budget import parse_count
 from secateur.errors import SecateurError
 from secateur.load.batches import Batch, size_of
 from secateur.load.data import load_tokens
-from secateur.load.feed import Feed, Given, Rows, feed_of
+from secateur.load.feed import Feed, Given, Loader, Rows, feed_of
 from secateur.load.model import fingerprint_data
 from secateur.methods.verbs import SEQ_LEN, Data, batches_of
 from secateur.progress import Track
 from secateur.train.settings import Training
 
+TrainingData = Data | Mapping[str, Any] | Feed
+"""`verbs.Data`; sources with their weights, ``{"a.jsonl": 0.7, "b/": 0.3}``; name -> (rows, weight); or a feed."""
+
 
 def training_feed(model: nn.Module, data: Any, settings: Training, loading: Mapping[str, Any]) -> Feed:
-    """Batches of training from whatever the user has.
+    """Batches of training from whatever the user has; a feed as it is.
 
     Raises:
         SecateurError: for data that is missing, empty or not understood.
     """
+    if isinstance(data, Rows | Given | Loader):
+        return data
     size, seed = int(loading.get("batch_size", 8)), settings.seed
     if size < 1:
         raise SecateurError(f"batch_size must be at least 1, not {size}")

@@ -18,6 +18,7 @@ from secateur.load.feed import Feed, Given, Rows, used_numbers
 from secateur.load.model import fingerprint
 from secateur.load.place import find_dtype
 from secateur.methods.feeding import (
+    TrainingData,
     between_evaluations,
     data_print,
     held_out_batches,
@@ -59,7 +60,7 @@ class Healed:
 def distill(
     teacher: nn.Module | None,
     student: nn.Module,
-    data: Data | Mapping[str, float],
+    data: TrainingData,
     *,
     eval_data: Data = None,
     plan: Plan | None = None,
@@ -129,7 +130,7 @@ def distill(
 def cache_teacher(
     teacher: nn.Module,
     student: nn.Module,
-    data: Data | Mapping[str, float],
+    data: TrainingData,
     *,
     cache: Path | str,
     eval_data: Data = None,
@@ -192,7 +193,7 @@ class _Asking:
 @seeded(0)
 def finetune(
     model: nn.Module,
-    data: Data | Mapping[str, float],
+    data: TrainingData,
     *,
     loss: Loss | None = None,
     eval_data: Data = None,

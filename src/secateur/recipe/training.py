@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,16 +9,16 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import nn
 
-from secateur.choose.budget import parse_count
 from secateur.errors import SecateurError
-from secateur.load.batches import size_of
 from secateur.methods import healing, verbs
+from secateur.methods.feeding import steps_of, training_feed
 from secateur.methods.iterative import Metric
 from secateur.recipe.options import BudgetText, HeldOut, Mixed, Positive, Share, TeacherName, one_of
-from secateur.recipe.work import Count, Made, Reading, Work, given, open_model, parted, rows_of, shown
+from secateur.recipe.work import Count, Made, Work, given, open_model, shown
 from secateur.train import sparsify as start_sparsity
 from secateur.train.options import METHODS as SPARSE_METHODS
 from secateur.train.options import RULES
+from secateur.train.settings import Training, parted
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 _BEGIN = 0.1  # of the run, where scores must be learned before anything can go
@@ -69,12 +68,10 @@ def sparsify(
     kinds = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     if any(kind in (torch.float16, torch.bfloat16) for kind in kinds.values()):
         model = model.float()  # small steps get lost in half precision
-    reading, own = parted(training, Reading)
-    rows: Any = data
-    if not isinstance(data, Mapping):
-        rows = rows_of(work, "data", data, reading | _samples(own, reading))
-    steps = _length(rows, own)
-    timed = _timed(method, mode, start, schedule, begin, end, frequency, steps)
+    told = {**training, "seed": work.seed, "tokenizer": work.tokenizer}
+    settings, loading = parted(told, Training, others=verbs.LOADING)
+    feed = training_feed(model, given("data", data), settings, loading)
+    timed = _timed(method, mode, start, schedule, begin, end, frequency, steps_of(settings, feed))
     options: dict[str, Any] = {"scope": scope, "block": block, "normalize": normalize, "mode": mode, "start": start}
     options |= {"penalty": penalty, "tau": tau, "decay": mask_decay, "exact": exact}
     options |= {"seed": work.seed} if method == "rb" else {}
@@ -83,17 +80,21 @@ def sparsify(
         model, asked, method=method, only=only, ignore=ignore, inputs=work.inputs, **timed, **options
     )  # fmt: skip
     healed = healing.finetune(
-        model, rows, loss=loss, eval_data=given("eval_data", eval_data), evaluate=evaluate,
+        model, feed, loss=loss, eval_data=given("eval_data", eval_data), evaluate=evaluate,
         higher_is_better=higher_is_better, sparsity=sparsity, lr_scores=lr_scores, **_common(work), **training,
     )  # fmt: skip
     made = _made(healed, {"method": method, "budget": str(asked or "none")}, data, eval_data)
     for name, tensor in [*made.model.named_parameters(), *made.model.named_buffers()]:
         tensor.data = tensor.data.to(kinds.get(name, tensor.dtype))
     counted = sparsity.statistics()
-    told = {**made.report, "schedule": timed, "sparsity": {key: counted[key] for key in ("zeros", "size", "sparsity")}}
+    report = {
+        **made.report,
+        "schedule": timed,
+        "sparsity": {key: counted[key] for key in ("zeros", "size", "sparsity")},
+    }
     plan = sparsity.plan()
     origin = {**plan.origin, "model": work.name}
-    return dataclasses.replace(made, report=told, plan=dataclasses.replace(plan, origin=origin))
+    return dataclasses.replace(made, report=report, plan=dataclasses.replace(plan, origin=origin))
 
 
 def _timed(
@@ -125,30 +126,3 @@ def _made(healed: Any, told: Mapping[str, Any], data: Any, eval_data: Any) -> Ma
         raise SecateurError(str(healed.report["stopped"]))
     named = {"training": shown(data), "evaluation": shown(eval_data)}
     return Made(healed.model, {**told, "training": dict(healed.report), "data": named}, trained=True)
-
-
-def _samples(own: Mapping[str, Any], reading: Mapping[str, Any]) -> dict[str, int]:
-    """Rows to read for a run where the recipe does not say: as many as it takes, or all."""
-    if reading.get("samples") is not None:
-        return {}
-    tokens, length = own.get("tokens"), reading.get("seq_len")
-    return {"samples": math.ceil(parse_count("tokens", tokens) / length) if tokens and length else 2**31}
-
-
-def _length(data: Any, own: Mapping[str, Any]) -> int:
-    """Optimiser steps of a run, which its schedule must know ahead, counted as `healing.finetune` counts them.
-
-    Raises:
-        SecateurError: They do not follow from what is said.
-    """
-    if own.get("steps") is not None:
-        return int(own["steps"])
-    if isinstance(data, Mapping):
-        raise SecateurError("on mixed data the schedule must know the length of the run: say steps")
-    accumulate = int(own.get("accumulate", 1))
-    if own.get("tokens") is None:
-        samples = sum(map(size_of, data)) / size_of(data[0])
-        return max(1, round(math.ceil(samples) * float(own.get("epochs") or 1) / accumulate))
-    if not isinstance(data[0], torch.Tensor):
-        raise SecateurError("tokens are the length of a run on token rows: say steps or epochs")
-    return max(1, round(parse_count("tokens", own["tokens"]) / (data[0].numel() * accumulate)))
