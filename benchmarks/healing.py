@@ -6,7 +6,7 @@ what `distill` proposes, for distilling and cross entropy; from scratch the best
 
     .venv/bin/python benchmarks/healing.py --runs 70         # in two processes, if there are two cores
     .venv/bin/python benchmarks/healing.py --runs 50
-    .venv/bin/python benchmarks/healing.py --runs memory
+    .venv/bin/python benchmarks/healing.py --runs stages     # when these are done; then search, memory
     .venv/bin/python benchmarks/healing.py                   # collects benchmarks/results/healing.json
 
 What is done is kept under --out and not done again.
@@ -68,18 +68,20 @@ class Bench:
         print(f"{name}: {entry['before']['perplexity']:.2f} -> {entry['after']['perplexity']:.2f}, {seconds:.0f} s")
         return healed  # type: ignore[no-any-return]
 
-    def cut(self, model: nn.Module, percent: float, name: str) -> nn.Module:
-        """The model cut to a share of the dense one's parameters, once."""
+    def cut(
+        self, model: nn.Module, percent: float, name: str, *, dims: Mapping[str, int] | None = None, **options: Any
+    ) -> nn.Module:
+        """The model cut to a share of the dense one's parameters, or to sizes, once."""
         path = self.out / f"{name}.pt"
         if not path.exists():
             size = sum(p.numel() for p in self.dense.parameters())
-            budget = f"params={round(size * percent / 100)}"
-            torch.save(secateur.prune(model, budget, data=str(MODEL / "calib_ids.npy")).model, path)
+            budget = dims or f"params={round(size * percent / 100)}"
+            torch.save(secateur.prune(model, budget, data=str(MODEL / "calib_ids.npy"), **options).model, path)
         return torch.load(path, weights_only=False)  # type: ignore[no-any-return]
 
-    def distil(self, student: nn.Module, length: str, lr: float | None = None) -> Any:
+    def distil(self, student: nn.Module, length: str, lr: float | None = None, seed: int = 0) -> Any:
         """KL to the dense model, whose logits are cached."""
-        how: dict[str, Any] = {"tokens": length, "batch_size": BATCH, "lr": lr, "eval_every": 10**9}
+        how: dict[str, Any] = {"tokens": length, "batch_size": BATCH, "lr": lr, "seed": seed}
         cache = self.out / "teacher"
         if not (cache / "train" / "meta.json").exists():
             cache_teacher(self.dense, student, _TRAIN, cache=cache, **{**how, "tokens": None, "epochs": 1})
@@ -108,16 +110,30 @@ class Bench:
                 train = getattr(self, way)
                 self.run(f"{percent} {way} {length}", lambda t=train, n=length, r=rate: t(student, n, r))
 
-    def stages(self, length: str, half: str) -> None:
-        """100 -> 70 -> 50 with half of the tokens at either size, beside one cut with all of them."""
+    def searched(self, length: str) -> None:
+        """Distilling what `search` cuts, with sizes of their own in every layer."""
+        for percent in (70, 50):
+            student = self.cut(self.dense, percent, f"cut-search-{percent}", method="search", uniform=False)
+            self.run(f"{percent} search+distil {length}", lambda s=student: self.distil(s, length))
 
-        def train() -> Any:
+    def stages(self, length: str, half: str) -> None:
+        """100 -> 70 -> 50 with half of the tokens at either size, beside one cut with all of them.
+
+        Once with the sizes that Minitron chooses for the second cut (it drops another layer), once with those of the
+        one cut, so that only the way there differs.
+        """
+        config: Any = self.cut(self.dense, 50, "cut-50").config
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        same = {name: getattr(config, name) for name in names}
+
+        def train(name: str, dims: Mapping[str, int] | None) -> Any:
             first = self.distil(self.cut(self.dense, 70, "cut-70"), half)[1]
-            second = self.cut(first, 50, f"cut-70-{half}-50")
-            _, healed, told = self.distil(second, half)
+            second = self.cut(first, 50, f"cut-70-{half}-50{name}", dims=dims)
+            _, healed, told = self.distil(second, half, seed=1)  # rows in another order: others, but for chance
             return second, healed, told | {"tokens": 2 * told["tokens"]}
 
-        self.run(f"50 stages {length}", train)
+        self.run(f"50 stages {length}", lambda: train("", None))
+        self.run(f"50 stages to the same sizes {length}", lambda: train("-same", same))
 
 
 def _told(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +184,7 @@ def main() -> None:
     """Run what is asked for, or collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/healing"))
-    parser.add_argument("--runs", choices=["70", "50", "stages", "memory"])
+    parser.add_argument("--runs", choices=["70", "50", "stages", "search", "memory"])
     parser.add_argument("--one", choices=["cache", "live", "cached"])
     arguments = parser.parse_args()
     out: Path = arguments.out
@@ -181,6 +197,8 @@ def main() -> None:
         bench = Bench(out)
         for length, half in (("500k", "250k"), ("1M", "500k")):
             bench.stages(length, half)
+    elif arguments.runs == "search":
+        Bench(out).searched("1M")
     elif arguments.runs is not None:
         Bench(out).size(arguments.runs)
     else:

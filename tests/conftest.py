@@ -19,6 +19,12 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     return result
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules first: at the end they would keep one worker alone."""
+    first = ("test_docs.py", "test_recipes_shipped.py")
+    items.sort(key=lambda item: item.path.name not in first)
+
+
 def pytest_collection_finish() -> None:
     """The same after the imports."""
     gc.collect()
