@@ -56,6 +56,7 @@ def test_the_student_comes_closer_and_is_saved_whole(work: Path, say: Callable[.
     assert lines == told["history"]
     assert list(out.glob("events.out.tfevents.*"))
     assert not (tmp_path / "healed.training").exists()
+    assert "distilled with Secateur" in (out / "README.md").read_text()
     assert (work / "small" / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
 
 

@@ -247,7 +247,12 @@ def _draw(console: Console, report: dict[str, Any], out: Path, how_to_load: str)
             "that have it).",
             soft_wrap=True,
         )
-    console.print("Nothing was trained after the cut: distilling or fine-tuning will win much of the loss back.")
+    teacher = report["model"]["name"]
+    console.print(
+        f"Nothing was trained after the cut. To win much of the loss back: secateur distill --teacher {teacher} "
+        f"--student {out} --data ... --out ...",
+        soft_wrap=True,
+    )
     console.print(f"saved in {out} (report.json, plan.json, and {how_to_load})", soft_wrap=True)
 
 

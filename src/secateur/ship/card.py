@@ -25,10 +25,13 @@ def model_card(report: Mapping[str, Any], *, kind: str = "stock") -> str:
     library = "pytorch" if kind == "constructor" else "transformers"
     lines = ["---", f"library_name: {library}", "tags:", "- secateur", "- pruned"]
     lines += [f"base_model: {name}"] if hub else []
-    title = f"{Path(name).name}, pruned" if name else "A pruned model"
+    done = "distilled" if report.get("method") == "distill" else "pruned"
+    title = f"{Path(name).name}, {done}" if name else f"A {done} model"
     method = f" by the method `{report['method']}`" if "method" in report else ""
     version = f" {report['secateur']}" if "secateur" in report else ""
-    lines += ["---", "", f"# {title}", "", f"This is {shown}, pruned with Secateur{version}{method}."]
+    if "teacher" in report:
+        method = f" from `{_short(report['teacher']['name'])}`"
+    lines += ["---", "", f"# {title}", "", f"This is {shown}, {done} with Secateur{version}{method}."]
     if not report.get("training"):
         lines += ["Nothing was trained after the cut."]
     lines += ["", *_facts(report)]
