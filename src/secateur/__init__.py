@@ -40,10 +40,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`Pipeline` comes with all steps of recipes, which take longer to import than all else: only where it is used."""
-    if name == "Pipeline":
-        from secateur.recipe import Pipeline
+if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 
-        return Pipeline
-    raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """`Pipeline` comes with all steps of recipes, which take long to import: only where it is used."""
+        if name == "Pipeline":
+            from secateur.recipe import Pipeline
+
+            return Pipeline
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")

@@ -192,3 +192,14 @@ def test_a_result_with_a_constructor_is_no_model(work: Path, refused: Callable[.
     assert "--set model: model: built was saved with a constructor" in refused(
         "run", "cut.yaml", "--set", "model=built"
     )
+
+
+def test_a_run_that_is_stopped_says_what_it_has_kept(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("secateur.recipe.pipeline.Recipe.run", stopped)
+    assert main(["run", "cut.yaml", "--set", "out=kept"]) == 130
+    assert capsys.readouterr().err == "stopped; finished steps are in kept.steps: run it again, and it goes on\n"

@@ -12,7 +12,9 @@ import torch
 
 from secateur import distill, finetune
 from secateur.measure.quality import perplexity
+from secateur.methods.feeding import training_feed
 from secateur.train import Cubic, sparsify
+from secateur.train.settings import Training
 
 EVAL = heal.rows(6, seed=9)
 
@@ -238,3 +240,13 @@ def test_copies_go_on_training() -> None:
     model = copy.deepcopy(result.model).train()
     model(heal.rows(2), labels=heal.rows(2)).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_feed_is_gone_through_as_it_is() -> None:
+    """What a schedule was fitted to is what is trained on: the mix, its order and its length."""
+    mixed = {"a": (heal.rows(12), 0.7), "b": (heal.rows(8, seed=2), 0.3)}
+    feed = training_feed(heal.llama(), mixed, Training(seed=3), {"batch_size": 2})
+    assert training_feed(heal.llama(), feed, Training(), {}) is feed
+    by_feed = finetune(heal.llama(), feed, seed=3, steps=4)
+    by_mix = finetune(heal.llama(), mixed, seed=3, steps=4, batch_size=2)
+    assert by_feed.report["history"] == by_mix.report["history"]

@@ -227,3 +227,9 @@ def test_the_object_refuses_and_stays_as_it_was(place: Path) -> None:
     assert p.finetune(data=own().batches(), steps=1, loss=own().loss, evaluate=own().size).history[-1]["options"] == {
         "data": "a list", "steps": 1, "loss": "loss", "evaluate": "size",
     }  # fmt: skip
+
+
+def test_the_object_is_public_and_nothing_else_is_made_up() -> None:
+    assert secateur.Pipeline is Pipeline
+    with pytest.raises(AttributeError, match="no attribute 'Pipelines'"):
+        _ = secateur.Pipelines  # type: ignore[attr-defined]

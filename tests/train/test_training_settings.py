@@ -6,7 +6,7 @@ import pytest
 
 from secateur.errors import SecateurError
 from secateur.train.optimize import proposed_rate
-from secateur.train.settings import Distillation, Training, parted
+from secateur.train.settings import Distillation, Training, settings_from
 
 
 @pytest.mark.parametrize(
@@ -45,13 +45,13 @@ from secateur.train.settings import Distillation, Training, parted
 )
 def test_values_that_make_no_sense(options: dict[str, Any], says: str) -> None:
     with pytest.raises(SecateurError) as error:
-        parted(options, Training, Distillation, others=("seq_len",))
+        settings_from(options, Training, Distillation, others=("seq_len",))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_options_find_their_place() -> None:
-    training, losses, loading = parted(
+    training, losses, loading = settings_from(
         {"steps": 4, "kl": 0.5, "seq_len": 8, "seed": 3}, Training, Distillation, others=("seq_len", "seed")
     )
     assert (training.steps, training.seed, losses.kl, losses.ce) == (4, 3, 0.5, 0)

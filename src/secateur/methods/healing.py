@@ -34,7 +34,7 @@ from secateur.train.features import matched
 from secateur.train.loop import Work, fit
 from secateur.train.objective import EVALUATED_TOP_K, Distilling, Loss, Objective, Plain, Quality, own_metric
 from secateur.train.optimize import proposed_rate
-from secateur.train.settings import Distillation, Training, parted
+from secateur.train.settings import Distillation, Training, settings_from
 from secateur.train.sparsity import Sparsity, sparsify
 from secateur.train.state import seeded
 from secateur.train.teacher import CACHED_TOP_K, Cached, Live, Teacher, cache
@@ -166,7 +166,7 @@ class _Asking:
         self, teacher: nn.Module | None, student: nn.Module, data: Any, eval_data: Data, cache: Path | str | None,
         teacher_dtype: str | torch.dtype | None, options: Mapping[str, Any], track: Track,
     ) -> None:  # fmt: skip
-        self.settings, self.losses, loading = parted(options, Training, Distillation, others=LOADING)
+        self.settings, self.losses, loading = settings_from(options, Training, Distillation, others=LOADING)
         folder = None if cache is None else Path(cache)
         if folder is not None and (self.losses.hidden or self.losses.attention):
             raise SecateurError("hidden and attention need the teacher in every step: leave cache out")
@@ -229,7 +229,7 @@ def finetune(
     Raises:
         SecateurError: for bad input, and a state of another run.
     """
-    settings, loading = parted(options, Training, others=LOADING)
+    settings, loading = settings_from(options, Training, others=LOADING)
     if evaluate is not None and eval_data is not None:
         raise SecateurError("evaluate and eval_data both say how good the model is: give one of them")
     if settings.patience is not None and evaluate is None and eval_data is None:

@@ -18,7 +18,7 @@ from secateur.recipe.work import Count, Made, Work, given, open_model, shown
 from secateur.train import sparsify as start_sparsity
 from secateur.train.options import METHODS as SPARSE_METHODS
 from secateur.train.options import RULES
-from secateur.train.settings import Training, parted
+from secateur.train.settings import Training, settings_from
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 _BEGIN = 0.1  # of the run, where scores must be learned before anything can go
@@ -69,7 +69,7 @@ def sparsify(
     if any(kind in (torch.float16, torch.bfloat16) for kind in kinds.values()):
         model = model.float()  # small steps get lost in half precision
     told = {**training, "seed": work.seed, "tokenizer": work.tokenizer}
-    settings, loading = parted(told, Training, others=verbs.LOADING)
+    settings, loading = settings_from(told, Training, others=verbs.LOADING)
     feed = training_feed(model, given("data", data), settings, loading)
     timed = _timed(method, mode, start, schedule, begin, end, frequency, steps_of(settings, feed))
     options: dict[str, Any] = {"scope": scope, "block": block, "normalize": normalize, "mode": mode, "start": start}

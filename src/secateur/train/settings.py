@@ -116,7 +116,7 @@ class Distillation:
             raise SecateurError("layers says what hidden and attention compare, and both are 0")
 
 
-def parted(options: Mapping[str, Any], *kinds: type, others: Iterable[str] = ()) -> list[Any]:
+def settings_from(options: Mapping[str, Any], *kinds: type, others: Iterable[str] = ()) -> list[Any]:
     """Settings of each kind from options of all of them, checked; and last, as a mapping, those among `others`.
 
     Raises:
