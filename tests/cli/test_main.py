@@ -11,16 +11,15 @@ import pytest
 from cli_models import save_model, write_data
 
 from secateur import cli
+from secateur.cli import inspect
 from secateur.errors import SecateurError
-
-main_module = sys.modules["secateur.cli.main"]
 
 
 def replace_verb(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(_: Sequence[str]) -> None:
         raise error
 
-    monkeypatch.setattr(main_module, "VERBS", {"inspect": (fail, "fails")})
+    monkeypatch.setattr(inspect, "run", fail)
 
 
 @pytest.fixture(autouse=True)

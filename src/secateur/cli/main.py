@@ -1,36 +1,37 @@
 """Parse the verb and its options, run it, and turn errors into exit codes: 2 is your input, 1 is our fault."""
 
+import importlib
 import importlib.metadata
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
+from rich.table import Table
 
-from secateur.cli import apply as apply_verb
-from secateur.cli import distill as distill_verb
-from secateur.cli import eval as eval_verb
-from secateur.cli import inspect as inspect_verb
-from secateur.cli import profile as profile_verb
-from secateur.cli import prune as prune_verb
-from secateur.cli import run as run_verb
-from secateur.cli import stats as stats_verb
-from secateur.cli import survey as survey_verb
 from secateur.errors import SecateurError, nearest
 
-VERBS: dict[str, tuple[Callable[[Sequence[str]], Any], str]] = {
-    "inspect": (inspect_verb.run, "show what can be cut of a model, and what is frozen and why"),
-    "prune": (prune_verb.run, "cut a model to a budget and save the smaller one"),
-    "survey": (survey_verb.run, "find out once what every cut would lose; then any budget is served without data"),
-    "distill": (distill_verb.run, "train a pruned model to say what the dense one says"),
-    "run": (run_verb.run, "run a recipe: prune, fine-tune, adapt and measure, in the steps of a YAML file"),
-    "apply": (apply_verb.run, "make a saved plan again, or thin it out otherwise, on these weights"),
-    "eval": (eval_verb.run, "measure a model, and what it lost against the dense one"),
-    "stats": (stats_verb.run, "show the zeros of the weights, and what they could save"),
-    "profile": (profile_verb.run, "measure how long a model and its parts take on this device"),
+VERBS = {
+    "inspect": "show what can be cut of a model, and what is frozen and why",
+    "advise": "say whether and how to prune a model for a target, and with which commands",
+    "prune": "cut a model to a budget and save the smaller one",
+    "survey": "find out once what every cut would lose; then any budget is served without data",
+    "sensitivity": "measure what cutting each axis and each weight alone would cost",
+    "distill": "train a pruned model to say what the dense one says",
+    "run": "run a recipe: prune, fine-tune, adapt and measure, in the steps of a YAML file",
+    "apply": "make a saved plan again, or thin it out otherwise, on these weights",
+    "eval": "measure a model, and what it lost against the dense one",
+    "check": "the gate: exit with 3 where a model has lost more than it may, on any part of new data",
+    "bench": "measure sizes, memory and speed of several models side by side",
+    "profile": "measure how long a model and its parts take on this device",
+    "stats": "show the zeros of the weights, and what they could save",
+    "export": "write ONNX, OpenVINO, torch.export or 2:4 files, and INT8, checked against torch",
+    "report": "make the HTML page of a run again",
+    "compare": "put several runs in one HTML page",
 }
+"""Command -> what it does; its module in this folder has its name, and a function run(words)."""
+
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,12 +65,14 @@ def _run(words: Sequence[str]) -> None:
     elif verb in ("-h", "--help"):
         _help(Console(highlight=False))
     elif verb in VERBS:
-        VERBS[verb][0](words[1:])
+        importlib.import_module(f"secateur.cli.{verb}").run(words[1:])
     else:
         raise SecateurError(f"there is no command {verb!r}{nearest(verb, VERBS)}")
 
 
 def _help(console: Console) -> None:
     console.print("secateur: prune trained PyTorch models to a budget\n\nusage: secateur COMMAND ... [--help]\n")
-    for name, (_, what) in VERBS.items():
-        console.print(f"  {name:8} {what}")
+    grid = Table.grid(padding=(0, 2))
+    for name, what in VERBS.items():
+        grid.add_row(f"  {name}", what)
+    console.print(grid)
