@@ -16,15 +16,16 @@ import secateur
 from secateur.cut import apply
 from secateur.errors import SecateurError
 from secateur.measure.onnx import OnnxModel
-from secateur.ship import onnx as ship_onnx
-from secateur.ship.onnx import export_onnx
+from secateur.ship import files
+from secateur.ship.example import Example
+from secateur.ship.onnx import OnnxExport, export_onnx
 from secateur.space import discover
 
 DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits"
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, ship_onnx.OnnxExport]:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, OnnxExport]:
     """A Llama whose layers were cut in different ways, and its file."""
     dense = tiny("llama", dtype=torch.float32, tie_word_embeddings=True)
     space = discover(dense)
@@ -158,6 +159,14 @@ def test_several_inputs_and_outputs_by_name(tmp_path: Path) -> None:
         torch.testing.assert_close(getattr(found, name), value)
 
 
+def test_an_example_of_zeros_is_checked_with_other_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for values in (torch.zeros(2, 6), torch.randn(2, 6) * 3 + 100):
+        for trial in Example.of(Mlp(), values, dynamic=True).trials(generator):
+            assert 0.3 < float(trial["x"].std()) < 6
+            assert abs(float(trial["x"].mean() - values.mean())) < 4
+
+
 def test_fixed_sizes(tmp_path: Path) -> None:
     model = Mlp()
     report = export_onnx(model, torch.randn(2, 6), tmp_path / "m.onnx", dynamic=False)
@@ -220,7 +229,7 @@ def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch: p
 def test_large_models_keep_their_tensors_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Mlp(), torch.randn(4, 6)
     out = tmp_path / "m.onnx"
-    monkeypatch.setattr(ship_onnx, "LIMIT", 100)
+    monkeypatch.setattr(files, "LIMIT", 100)
     report = export_onnx(model, x, out)
     names = ["m.onnx", "m.onnx.data"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names

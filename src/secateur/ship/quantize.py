@@ -16,8 +16,9 @@ from secateur.errors import SecateurError, nearest
 from secateur.load.batches import Batch, first_samples, size_of
 from secateur.measure.onnx import OnnxModel, require_onnx
 from secateur.progress import Track, quiet
+from secateur.ship import files
 from secateur.ship.embeddings import MIN_TABLE, TRANSPOSED, quantize_tables, table_of
-from secateur.ship.onnx import DATA, LIMIT, bytes_of, check_file, whole_files
+from secateur.ship.files import DATA, bytes_of, check_file, whole_files
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, TensorProto
@@ -116,7 +117,7 @@ def quantize_onnx(
             "per_channel": per_channel,
             "reduce_range": reduce_range,
             "nodes_to_exclude": [n for node, name in names.items() if name in floats for n in (node, f"{node}_MatMul")],
-            "use_external_data_format": bytes_of(source) > LIMIT,
+            "use_external_data_format": bytes_of(source) > files.LIMIT,
         }
         raw = folder / "int8.onnx"
         with _silence():
@@ -211,7 +212,7 @@ def _merged(source: Path, folder: Path) -> "ModelProto":
     path = folder / "merged.onnx"
     with _silence():
         quant_pre_process(
-            str(source), str(path), skip_symbolic_shape=True, save_as_external_data=bytes_of(source) > LIMIT
+            str(source), str(path), skip_symbolic_shape=True, save_as_external_data=bytes_of(source) > files.LIMIT
         )
     return onnx.load(path)
 
@@ -221,7 +222,7 @@ def _write(model: "ModelProto", path: Path) -> None:
     import onnx
 
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    large = size > LIMIT
+    large = size > files.LIMIT
     onnx.save_model(model, path, save_as_external_data=large, location=path.name + DATA if large else None)
 
 
