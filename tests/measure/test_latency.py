@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,26 @@ def test_models_are_timed_in_turns_and_stay_as_they_are() -> None:
     assert "".join(order) == "abab" + "abba" * 2
     assert (a.median, a.repeats, b.median) == (8.5, 4, 8.5)
     assert all(model.training for model in models)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_all_follow_themselves_equally_often(count: int) -> None:
+    order: list[int] = []
+    functions = [lambda index=index: order.append(index) for index in range(count)]
+
+    def timer(fn: Callable[[], object]) -> float:
+        fn()
+        return 1.0
+
+    rounds = 4 * count
+    samples = in_turns(functions, timer, repeats=rounds + 1, warmup=0)
+    assert [len(own) for own in samples] == [rounds + 1] * count
+    in_rounds = [sorted(order[i : i + count]) for i in range(0, len(order), count)]
+    assert in_rounds == [list(range(count))] * (rounds + 1)
+    twice = [a for a, b in pairwise(order) if a == b]
+    times = [twice.count(index) for index in range(count)]
+    assert max(times) - min(times) <= 1
+    assert sum(times) >= rounds // 2
 
 
 def test_a_limit_of_time_keeps_three_samples() -> None:

@@ -65,7 +65,7 @@ def run(words: Sequence[str]) -> None:
             raise SecateurError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
     known = LatencyTable.load(arguments.existing) if arguments.existing is not None else None
     common = arguments.common
-    with _threads(arguments.threads, common.device):
+    with limited_threads(arguments.threads, common.device):
         model, _, _ = open_model(arguments.model, arguments.making, device=common.device, dtype=common.dtype)
         timer = Stopwatch(device_of(model), "process" if arguments.cpu_time else "wall")
         traced = inputs_of(model, arguments.making, arguments.model)
@@ -80,7 +80,7 @@ def run(words: Sequence[str]) -> None:
 
 
 @contextmanager
-def _threads(count: int | None, device: str) -> Iterator[None]:
+def limited_threads(count: int | None, device: str) -> Iterator[None]:
     """Torch with so many threads, for a while."""
     if count is not None and not device.startswith("cpu"):
         raise SecateurError(f"--threads {count} goes with --device cpu, not {device}")

@@ -128,6 +128,10 @@ def in_turns(
 ) -> list[list[float]]:
     """Samples of every function, taken in rounds: each round goes through all of them, every other one backwards.
 
+    Of more than two, another one comes first every two rounds: where a round begins with what the last one ended with,
+    that finds its weights in the caches, and none shall have that luck more often than the others. Of two, each has it
+    every second time.
+
     Args:
         functions: what to time.
         timer: takes one sample.
@@ -157,7 +161,8 @@ def in_turns(
         for number in track(range(repeats), what):
             if seconds is not None and number >= FEWEST and time.perf_counter() - begin > seconds:
                 continue
-            order = range(len(functions))
+            first = number // 2 % len(functions) if len(functions) > 2 else 0
+            order = [*range(first, len(functions)), *range(first)]
             for index in reversed(order) if number % 2 else order:
                 samples[index].append(timer(functions[index]))
     return samples

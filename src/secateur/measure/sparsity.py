@@ -289,7 +289,7 @@ def _counted(
 
     watch = Products({name: p for name, p in parameters.items() if p.dim() > 1}, see)
     try:
-        with evaluating(model), torch.no_grad(), plain_attention(), _plain_recurrence(model), watch:
+        with evaluating(model), torch.no_grad(), plain_attention(), plain_recurrence(model), watch:
             model(*positional, **named)
     except Exception as error:  # whatever the user's own code raises
         text = " ".join(str(error).split())[:300]
@@ -309,7 +309,7 @@ def _rows(product: Product) -> int:
 
 
 @contextmanager
-def _plain_recurrence(model: nn.Module) -> Iterator[None]:
+def plain_recurrence(model: nn.Module) -> Iterator[None]:
     """Without the fused kernels of recurrent layers, whose products nobody sees."""
     if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
         yield
