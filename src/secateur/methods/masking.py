@@ -89,7 +89,7 @@ def task(model: nn.Module, budget: Budget, data: Sequence[Batch], which: Which, 
         )
     inputs = which.inputs
     if inputs is None and data:
-        inputs = _inputs_of(model, samples_of(data[0])[0])
+        inputs = inputs_from(model, samples_of(data[0])[0])
     weights = maskable(model, inputs, only=which.only, ignore=which.ignore)
     parameters = dict(model.named_parameters())
     for weight in weights:
@@ -238,7 +238,7 @@ def relative_size(weight: torch.Tensor) -> torch.Tensor:
     return size / norm if float(norm) > 0 else size
 
 
-def _inputs_of(model: nn.Module, batch: Batch) -> Inputs:
+def inputs_from(model: nn.Module, batch: Batch) -> Inputs:
     """The arguments of `load.batches.run`, on the model's device."""
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     given = batch[0] if isinstance(batch, tuple | list) else batch

@@ -4,6 +4,7 @@ That is the same function as the cut model's, without building or tracing it. Wh
 blocks before it give is kept and not worked out again.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from secateur.measure.closeness import Closeness
 from secateur.mend.batch_norm import adapt_batch_norm
 from secateur.methods.survey import Survey
 from secateur.space import Block
+from secateur.space.products import Enough
 from secateur.walk import chain_of
 
 
@@ -89,31 +91,50 @@ class Trials:
     @contextmanager
     def _cut(self, sizes: Mapping[str, int], dropped: Sequence[str]) -> Iterator[None]:
         tensors = self.survey.tensors(sizes)
-        removed = self._removed(dropped)
         try:
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     self.parameters[name].copy_(tensor)
-            yield
+            with without_blocks(self.model, [self.blocks[name] for name in dropped]):
+                yield
         finally:
             with torch.no_grad():
                 for name in tensors:
                     self.parameters[name].copy_(self.survey.parameters[name])
-            for path, module in removed.items():
-                self.model.set_submodule(path, module)
 
-    def _removed(self, dropped: Sequence[str]) -> dict[str, nn.Module]:
-        """Take blocks out; what stood there, to be put back."""
-        before: dict[str, nn.Module] = {}
-        for name in dropped:
-            block = self.blocks[name]
-            before[name] = self.model.get_submodule(name)
-            stand_in = Through(block) if block.kind == "layers" else RemovedSublayer(_without_weights(block.output))
-            self.model.set_submodule(name, stand_in)
-            for idle in block.idle if block.kind != "layers" else ():
-                before[idle] = self.model.get_submodule(idle)
-                self.model.set_submodule(idle, Idle())
-        return before
+
+@contextmanager
+def without_blocks(model: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
+    """While this is open, the model computes what it would without these blocks; then it is what it was."""
+    before: dict[str, nn.Module] = {}
+    silenced: list[tuple[nn.Module, Any]] = []
+    try:
+        for block in blocks:
+            module = model.get_submodule(block.name)
+            if block.kind == "layers":  # some models ask their layers of which type they are: it stays where it is
+                silenced.append((module, vars(module).get("forward")))
+                module.forward = Through(block).forward
+                continue
+            for path, stand_in in {
+                block.name: RemovedSublayer(_without_weights(block.output)),
+                **{idle: Idle() for idle in block.idle},
+            }.items():
+                before[path] = model.get_submodule(path)
+                model.set_submodule(path, stand_in)
+        yield
+    finally:
+        for path, module in before.items():
+            model.set_submodule(path, module)
+        for module, own in silenced:
+            _restore_forward(module, own)
+
+
+def _restore_forward(module: nn.Module, own: Any) -> None:
+    """Give back a forward of the module's own, or that of its class."""
+    if own is None:
+        vars(module).pop("forward", None)
+    else:
+        module.forward = own
 
 
 def _without_weights(structure: Any) -> Any:
@@ -163,12 +184,18 @@ class Prefix:
         while self.done < blocks:
             found: list[Any] = []
             module = self.model.get_submodule(self.chain[self.done])
-            handle = module.register_forward_hook(lambda _, __, output, found=found: found.append(output))
+
+            def take(_: nn.Module, __: Any, output: Any, *, found: list[Any] = found) -> None:
+                found.append(output)
+                raise Enough  # the blocks behind it are not worked out
+
+            handle = module.register_forward_hook(take)
             try:
                 with evaluating(self.model), torch.inference_mode(), self.replaying() as at:
                     for index, batch in enumerate(self.batches):
                         at(index)
-                        run(self.model, batch)
+                        with contextlib.suppress(Enough):
+                            run(self.model, batch)
             finally:
                 handle.remove()
             self.kept, self.done = found, self.done + 1
@@ -196,28 +223,38 @@ class Prefix:
             yield at
         finally:
             for module, own in zip(modules, before, strict=True):
-                if own is None:
-                    vars(module).pop("forward", None)
-                else:
-                    module.forward = own
+                _restore_forward(module, own)
 
 
 def prefix_of(trials: Trials) -> Prefix | None:
-    """A prefix for the trials' model, or None where its blocks form no chain that can be replayed.
-
-    It is tried on the dense model: however many of the blocks are replayed, the outputs must be what they were.
-    """
+    """A prefix for the trials' model, or None where nothing can be replayed; see `find_prefix`."""
     if trials.adapt or trials.score is not None:
         return None
+    closeness = trials.closeness
+    return find_prefix(trials.model, closeness.batches, lambda at: closeness(trials.model, [0], at))
+
+
+def find_prefix(
+    model: nn.Module, batches: Sequence[Batch], measure: Callable[[Callable[[int], None] | None], Any]
+) -> Prefix | None:
+    """A prefix for a copy of the dense model, or None where its blocks form no chain that can be replayed.
+
+    It is tried on the dense model: however many of the blocks are replayed, the outputs must be what they were.
+
+    Args:
+        model: the copy.
+        batches: that it will be run on.
+        measure: runs the model on the first batch; what it returns must be the same whatever is replayed.
+    """
     try:
-        probe = Prefix(trials.model, trials.closeness.batches[:1])
+        probe = Prefix(model, batches[:1])
         if len(probe.chain) < 2:
             return None
-        whole, same = trials.closeness(trials.model, [0]), True
+        whole, same = measure(None), True
         for done in range(1, len(probe.chain)):  # a later block may read what one before it gave
             probe.advance(done)
             with probe.replaying() as at:
-                same = same and trials.closeness(trials.model, [0], at) == whole
+                same = same and measure(at) == whole
     except (RuntimeError, TypeError, ValueError, SecateurError):  # other blocks read what is not worked out any more
         return None
-    return Prefix(trials.model, trials.closeness.batches) if same else None
+    return Prefix(model, batches) if same else None

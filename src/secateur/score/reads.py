@@ -43,7 +43,7 @@ def activation(
     if not batches:
         raise SecateurError("there is no calibration batch to measure activations on")
     wanted = space.axes if axes is None else axes
-    readers = {axis.name: _readers(model, space, axis) for axis in wanted}
+    readers = {axis.name: readers_of(model, space, axis) for axis in wanted}
     energy: dict[str, torch.Tensor] = {}
     handles = []
     for path in dict.fromkeys(path for found in readers.values() for path, _ in found):
@@ -76,8 +76,8 @@ def activation(
     return found
 
 
-def _readers(model: nn.Module, space: Space, axis: Axis) -> list[tuple[str, Slice]]:
-    """Linear layers (also transposed ones, as Hugging Face's Conv1D) and convolutions that read the axis."""
+def readers_of(model: nn.Module, space: Space, axis: Axis) -> list[tuple[str, Slice]]:
+    """(path, slice) of linear layers (also transposed ones, as Hugging Face's Conv1D) and convolutions that read it."""
     found = []
     for reader, part in space.consumers(axis):
         module = model.get_submodule(reader.module)
