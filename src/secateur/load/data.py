@@ -90,11 +90,11 @@ def load_tokens(
     if hub:
         name, config = hub
         records = _hub_records(name, config, split)
-        parts: Iterable[str | IntArray] = (_text_of(r, where, text_field, tokenizer) for where, r in records)
-        return _pack(
-            _encoded(parts, _needed(tokenizer, str(source)), need, str(source), vocab_size), str(source), seq_len
+        parts: Iterable[str | IntArray] = (text_of(r, where, text_field, tokenizer) for where, r in records)
+        return pack(
+            encoded(parts, _needed(tokenizer, str(source)), need, str(source), vocab_size), str(source), seq_len
         )
-    files = _usable_files(path)
+    files = usable_files(path)
     arrays = {file: _load_ids(file) for file in files if file.suffix.lower() == ".npy"}
     tables = [file for file, ids in arrays.items() if ids.ndim == 2]
     if tables:
@@ -107,10 +107,10 @@ def load_tokens(
     if len(arrays) < len(files):
         _needed(tokenizer, str(next(file for file in files if file not in arrays)))
     parts = _file_parts(files, arrays, text_field, tokenizer)
-    return _pack(_encoded(parts, tokenizer, need, str(path), vocab_size), str(path), seq_len)
+    return pack(encoded(parts, tokenizer, need, str(path), vocab_size), str(path), seq_len)
 
 
-def _encoded(
+def encoded(
     parts: Iterable[str | IntArray], tokenizer: Tokenizer | None, need: int | None, where: str, vocab_size: int
 ) -> npt.NDArray[np.int64]:
     """Join documents into one stream of at least `need` tokens, where there are so many, and cut it there."""
@@ -129,7 +129,7 @@ def _encoded(
     return np.concatenate(stream)[:need] if stream else np.zeros(0, dtype=np.int64)
 
 
-def _pack(stream: npt.NDArray[np.int64], where: str, seq_len: int) -> torch.Tensor:
+def pack(stream: npt.NDArray[np.int64], where: str, seq_len: int) -> torch.Tensor:
     """Cut a stream of tokens into rows, int64 [N, seq_len]."""
     rows = len(stream) // seq_len
     if rows == 0:
@@ -200,10 +200,10 @@ def existing_file(path: Path) -> Path:
 def check_source(source: str | Path) -> None:
     """Raise SecateurError where a data source is a local path with nothing to read; hub ids are not looked up."""
     if _hub_id(str(source), Path(source)) is None:
-        _usable_files(Path(source))
+        usable_files(Path(source))
 
 
-def _usable_files(path: Path) -> list[Path]:
+def usable_files(path: Path) -> list[Path]:
     """List the files that can be read: `path` itself, or those of the folder in sorted order."""
     existing_file(path)
     if path.is_dir():
@@ -239,7 +239,7 @@ def _file_parts(
             yield _read_text(file)
         else:
             for where, record in read_records(file, (text_field, "messages")):
-                yield _text_of(record, where, text_field, tokenizer)
+                yield text_of(record, where, text_field, tokenizer)
 
 
 def _read_text(path: Path) -> str:
@@ -299,7 +299,7 @@ def _parquet_records(path: Path, columns: Sequence[str] | None) -> Iterator[tupl
         raise SecateurError(f"{path}: not a valid parquet file ({_one_line(error)})") from error
 
 
-def _text_of(record: dict[str, Any], where: str, text_field: str, tokenizer: Tokenizer | None) -> str:
+def text_of(record: dict[str, Any], where: str, text_field: str, tokenizer: Tokenizer | None) -> str:
     """Return the text of one record: its text field, or its chat messages through the chat template."""
     if text_field in record:
         text = record[text_field]

@@ -9,6 +9,7 @@ from torch import nn
 from secateur.errors import SecateurError
 from secateur.load.batches import Batch, class_loss, is_pair, output_of
 from secateur.load.mode import evaluating
+from secateur.measure.quality import SUMS, prediction_sums
 from secateur.progress import Track, quiet
 
 _HINT = "accuracy and loss are measured with a class number for each sample"
@@ -20,6 +21,44 @@ def labelled(batches: Sequence[Batch]) -> bool:
         is_pair(batch) or (isinstance(batch, Mapping) and getattr(batch.get("labels"), "ndim", 0) == 1)
         for batch in batches
     )
+
+
+def sample_sums(
+    model: nn.Module, batch: Batch, index: int, logits: torch.Tensor, dense: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the targets of each sample add up to: float64 [N, 7], in the order of `secateur.measure.quality.SUMS`.
+
+    Args:
+        model: a classifier, for messages.
+        batch: (inputs, targets), or a mapping with ``labels``; targets of -100 count for nothing.
+        index: the number of the batch, for messages.
+        logits: what the model gives for it: [N, classes, ...] or [N, ..., classes].
+        dense: what the dense model gives for it, if there is one.
+
+    Raises:
+        SecateurError: where targets are no class numbers, numbers of classes differ, or logits are not finite.
+    """
+    targets = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    for one, who in ((logits, type(model).__name__), (dense, "the dense model")):
+        if one is not None and not bool(torch.isfinite(one).all()):
+            raise SecateurError(f"{who} has NaN or infinite logits in batch {index}")
+    if dense is not None and dense.shape != logits.shape:
+        raise SecateurError(
+            f"the model has logits of shape {list(logits.shape)} in batch {index}, but the dense model "
+            f"{list(dense.shape)}: only models with the same classes can be compared"
+        )
+    class_loss(logits, targets.to(logits.device), _HINT, reduction="sum")  # says what does not fit
+    last = targets.shape == logits.shape[:-1]
+    flat = targets.flatten().to(logits.device)
+    (places,) = torch.nonzero(flat != -100, as_tuple=True)
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        rows = (x if last else x.movedim(1, -1)).flatten(0, -2)
+        return rows.to(logits.device)[places]
+
+    sums = prediction_sums(counted(logits), flat[places], None if dense is None else counted(dense)).cpu()
+    found = torch.zeros(len(targets), len(SUMS), dtype=torch.float64)
+    return found.index_add_(0, places.cpu() // max(1, targets[0].numel()), sums)
 
 
 @dataclass(frozen=True)

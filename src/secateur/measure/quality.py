@@ -214,6 +214,57 @@ def compare(model: nn.Module, reference: Reference, track: Track = quiet) -> Com
     return Comparison(_perplexity(loss, tokens), reference.perplexity, kl / tokens, agree / tokens, tokens)
 
 
+def row_sums(
+    model: nn.Module, batch: Batch, index: int, logits: torch.Tensor, dense: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the predicted tokens of each row add up to: float64 [B, 7], in the order of `SUMS`.
+
+    Args:
+        model: A language model.
+        batch: Token ids int64 [B, S], or a mapping.
+        index: The number of the batch, for messages.
+        logits: What the model gives for it, [B, S, V].
+        dense: What the dense model gives for it; NaN stands in the columns that need it, where there is none.
+
+    Raises:
+        SecateurError: The vocabularies differ, or logits are NaN.
+    """
+    if dense is not None and logits.shape != dense.shape:
+        raise SecateurError(
+            f"the model has logits of shape {list(logits.shape)} in batch {index}, but the dense model "
+            f"{list(dense.shape)}: only models with the same vocabulary can be compared"
+        )
+    found = torch.zeros(len(logits), len(SUMS), dtype=torch.float64)
+    targets = _targets(batch, _is_encoder_decoder(model), logits.shape[1])
+    for row in range(len(logits)):
+        both = [x[row : row + 1] for x in (logits, dense) if x is not None]
+        for target_T, model_TV, *dense_TV in _chunks(targets[row : row + 1], *both):
+            sums_T = prediction_sums(model_TV, target_T, dense_TV[0] if dense_TV else None)
+            _reject_nan(model, sums_T[:, 1], index)
+            found[row] += sums_T.sum(0).cpu()
+    return found
+
+
+SUMS = ("count", "loss", "hits", "dense_loss", "dense_hits", "kl", "agree")
+"""What `row_sums` adds up: predictions; losses in nats and right first choices of the model and of the dense one;
+KL(dense || model) in nats; equal first choices."""
+
+
+def prediction_sums(logits_TV: torch.Tensor, target_T: torch.Tensor, dense_TV: torch.Tensor | None) -> torch.Tensor:
+    """The measures of single predictions: float64 [T, 7], in the order of `SUMS`; NaN where there is no dense model."""
+    losses_T, log_TV = _token_losses(logits_TV, target_T)
+    first_T = logits_TV.argmax(-1)
+    nothing_T = torch.full_like(losses_T, math.nan)
+    columns = [torch.ones_like(losses_T), losses_T, first_T == target_T, *[nothing_T] * 4]
+    if dense_TV is not None:
+        dense_losses_T, dense_log_TV = _token_losses(dense_TV, target_T)
+        share_TV, dense_first_T = dense_log_TV.exp(), dense_TV.argmax(-1)
+        terms_TV = torch.where(share_TV > 0, share_TV * (dense_log_TV - log_TV), 0.0)
+        kl_T = terms_TV.sum(-1, dtype=torch.float64)
+        columns[3:] = [dense_losses_T, dense_first_T == target_T, kl_T, first_T == dense_first_T]
+    return torch.stack([column.double() for column in columns], dim=1)
+
+
 def _some(batches: Sequence[Batch]) -> Sequence[Batch]:
     if len(batches) == 0:
         raise SecateurError("there are no batches to measure on; give at least one")
