@@ -209,7 +209,7 @@ def test_two_cuts_have_no_plan_and_the_report_says_so(place: Path) -> None:
     assert done.plan is None
     assert done.report["plan"] == "not saved: steps 2, 3 prune, and their plans are not joined into one"
     assert {p.name for p in (place / "small").iterdir()} == {
-        *("README.md", "model.safetensors", "report.json", "structure.json")
+        *("README.md", "model.safetensors", "report.html", "report.json", "structure.json")
     }
     assert "plan.json" not in (place / "small/README.md").read_text()
     assert "measured" not in done.report  # what was measured was the dense model

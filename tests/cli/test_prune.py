@@ -64,7 +64,7 @@ def test_a_budget_end_to_end(work: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert found["measured"]["perplexity"]["pruned"] != found["measured"]["perplexity"]["dense"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "plan.json", "plan.safetensors", "README.md"),
-        *("report.json", "tokenizer.json", "tokenizer_config.json"),
+        *("report.json", "report.html", "tokenizer.json", "tokenizer_config.json"),
     }
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

@@ -13,13 +13,14 @@ from secateur.choose.plan import Plan
 from secateur.cli import tables
 from secateur.cli.models import Building, batches_from, check_sources, open_model, stored_as
 from secateur.cli.options import Common, Group, Interrupted, Reading, parse, settings_options
+from secateur.cli.saving import save_with_page, tell_missing, tell_page
 from secateur.errors import SecateurError
 from secateur.load.built import STRUCTURE, Built
 from secateur.load.functions import is_constructor, names_function
 from secateur.load.model import Source, fingerprint
 from secateur.methods.healing import Healed, cache_teacher, distill
+from secateur.methods.reporting import provenance
 from secateur.methods.verbs import batches_of
-from secateur.ship import save
 from secateur.ship.checkpoint import check_out
 from secateur.train.settings import Distillation, Training
 
@@ -97,15 +98,22 @@ def run(words: Sequence[str]) -> None:
         healed = distill(teacher, student, data, plan=plan, cache=arguments.cache, work=work, **how)
     except KeyboardInterrupt:
         raise Interrupted(f"the state is in {work}: run the same command again, and it goes on") from None
-    report = _report(arguments, student, source, healed)
+    report = _report(arguments, student, source, healed) | provenance(["secateur", "distill", *words])
     stored_as(healed.model, source)
     logs = [work / "metrics.jsonl", *work.glob("tensorboard/*")]
-    save(
+    no_page = save_with_page(
         healed.model, arguments.out, plan=plan, source=source, tokenizer=tokenizer, report=report,
         overwrite=arguments.overwrite, files=logs, **_built(arguments),
     )  # fmt: skip
     shutil.rmtree(work)
-    common.show({"out": str(arguments.out), **report}, lambda console: _draw(console, report, arguments.out))
+
+    def draw(console: Console) -> None:
+        _draw(console, report, arguments.out)
+        tell_page(console, arguments.out, no_page)
+
+    common.show({"out": str(arguments.out), **report}, draw)
+    if common.json:
+        tell_missing(no_page)
     if healed.report["diverged"]:
         raise SecateurError(f"{healed.report['stopped']}; {arguments.out} holds step {healed.report['best']}")
 

@@ -14,13 +14,14 @@ from secateur.choose import Budget
 from secateur.cli import tables
 from secateur.cli.models import Making, batches_from, check_sources, inputs_of, open_model, stored_as
 from secateur.cli.options import Common, Group, Reading, method_options, parse
+from secateur.cli.saving import save_with_page, tell_missing, tell_page
 from secateur.errors import SecateurError, nearest
 from secateur.load.functions import find_function, is_constructor
 from secateur.measure.choice import load_questions
 from secateur.measure.quality import choice_metric, load_metric, perplexity_metric
 from secateur.methods import MASKING, METHODS
+from secateur.methods.reporting import provenance, weight_bytes
 from secateur.methods.verbs import batches_of, check_repair, needs_data, prune
-from secateur.ship import save
 from secateur.ship.checkpoint import check_out, why_not_stock
 
 
@@ -120,7 +121,11 @@ def run(words: Sequence[str]) -> None:
         model, budget, method=method, data=rows, eval_data=held_out, inputs=inputs, name=arguments.model, track=track,
         mend=arguments.mend, adapt_batch_norm=arguments.adapt_batch_norm, **options,
     )  # fmt: skip
-    report = {**result.report, "data": {"calibration": used, "evaluation": arguments.eval_data}}
+    report = {**result.report, **provenance(["secateur", "prune", *words])}
+    report |= {
+        "bytes": {"dense": weight_bytes(model, source)},
+        "data": {"calibration": used, "evaluation": arguments.eval_data},
+    }
     if source is not None and source.unused:
         report["unused_tensors"] = list(source.unused)
     report["options"] = {**report["options"], **_shown(arguments)}
@@ -128,14 +133,19 @@ def run(words: Sequence[str]) -> None:
     built: dict[str, Any] = (
         {"constructor": arguments.model, "arguments": arguments.making.arguments} if source is None else {}
     )
-    save(
+    no_page = save_with_page(
         result.model, arguments.out, plan=result.plan, scores=result.scores, source=source, tokenizer=tokenizer,
         report=report, overwrite=arguments.overwrite, **built,
     )  # fmt: skip
     how_to_load = _loading(result.model, constructed=source is None)
-    common.show(
-        {"out": str(arguments.out), **report}, lambda console: _draw(console, report, arguments.out, how_to_load)
-    )
+
+    def draw(console: Console) -> None:
+        _draw(console, report, arguments.out, how_to_load)
+        tell_page(console, arguments.out, no_page)
+
+    common.show({"out": str(arguments.out), **report}, draw)
+    if common.json:
+        tell_missing(no_page)
 
 
 def _check(arguments: Arguments, method: str) -> Budget:

@@ -11,6 +11,8 @@ from rich.console import Console
 from secateur import recipe
 from secateur.cli import tables
 from secateur.cli.options import Common, Interrupted, parse
+from secateur.cli.saving import tell_missing, tell_page
+from secateur.report import PAGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ def run(words: Sequence[str]) -> None:
 
     # Each table as soon as there is one: later steps may take hours, or fail.
     told: dict[str, Any] = {} if arguments.json else {"on_step": show, "on_note": note}
+    told["command"] = ["secateur", "run", *words]
     try:
         done = chosen.run(track=common.track(), **told)
     except KeyboardInterrupt:
@@ -57,6 +60,8 @@ def run(words: Sequence[str]) -> None:
     if done.new or arguments.json:
         values = {"out": str(chosen.head.out), **done.report}
         common.show(values, lambda console: _end(console, chosen.head.out, done.report))
+        if arguments.json and not (chosen.head.out.expanduser() / PAGE).is_file():
+            tell_missing(f"{PAGE} is not there: secateur report {chosen.head.out} says why")
 
 
 def _draw(console: Console, entry: Mapping[str, Any]) -> None:
@@ -163,3 +168,4 @@ def _end(console: Console, out: Path, report: Mapping[str, Any]) -> None:
     console.print(f"saved in {out} (report.json{plan}), {report['seconds']['total']:.1f} s", soft_wrap=True)
     if not plan:
         console.print(f"the plan was {report['plan']}", soft_wrap=True)
+    tell_page(console, out)

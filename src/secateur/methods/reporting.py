@@ -1,20 +1,52 @@
 """What a run reports: what was cut, what it costs now, how it was decided, what was measured."""
 
-from collections.abc import Mapping
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from secateur.choose.cost import Workload, costs
+from secateur.choose.cost import Workload, costs, gone_parameters, lengths
 from secateur.choose.plan import Plan
 from secateur.choose.search import DIVISORS
 from secateur.cut.config import sizes_of
-from secateur.load.model import sliding_window
+from secateur.load.model import Source, sliding_window
 from secateur.methods.base import Decision
 from secateur.methods.minitron import named
 from secateur.space import Axis, Space
+from secateur.space.types import evaluate
 
+FORMAT = 1
+"""Of report.json."""
 _NOT_SHOWN = ("data", "inputs", "loss", "tokenizer", "method", "stored_dtype", "track")
+
+
+def provenance(command: Sequence[str] | None = None) -> dict[str, Any]:
+    """How to make a result again: the format of its report, the command, and the versions of what it was made with.
+
+    Args:
+        command: words as they were typed; None where no command was.
+
+    Returns:
+        ``format`` and ``made`` of a report: no dates, so that the same run gives the same report.
+    """
+    versions = {"secateur": importlib.metadata.version("secateur"), "torch": str(torch.__version__)}
+    for name in ("transformers", "onnxruntime"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    versions |= {"python": platform.python_version(), "platform": platform.platform()}
+    return {"format": FORMAT, "made": {"command": None if command is None else list(command), "versions": versions}}
+
+
+def weight_bytes(model: nn.Module, source: Source | None) -> int:
+    """Bytes of the files that a model's weights came from; of what came from no files, those of its tensors."""
+    if source is not None and source.files:
+        return sum(file.stat().st_size for file in source.files)
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
 def report_of(
@@ -37,6 +69,7 @@ def report_of(
     """
     report: dict[str, Any] = {
         "secateur": plan.origin["secateur"],
+        **provenance(),
         "method": plan.origin["method"],
         "model": {"name": plan.origin["model"], "fingerprint": plan.origin["fingerprint"]},
         "budget": plan.origin["budget"],
@@ -52,8 +85,6 @@ def report_of(
 def _masked(pruned: nn.Module, plan: Plan) -> dict[str, Any]:
     """Zeros of a model that only masks thin out; all its sizes are as they were."""
     every = [(p.numel(), int(p.count_nonzero())) for p in pruned.parameters()]
-    tensors = {n: {"elements": m.numel(), "zeros": m.numel() - int(m.sum())} for n, m in plan.masks.items()}
-    elements, zeros = (sum(t[key] for t in tensors.values()) for key in ("elements", "zeros"))
     total = sum(count for count, _ in every)
     return {
         "sizes": {},
@@ -63,8 +94,15 @@ def _masked(pruned: nn.Module, plan: Plan) -> dict[str, Any]:
             "params": {"dense": total, "pruned": total},
             "nonzero": {"dense": total, "pruned": sum(nonzero for _, nonzero in every)},
         },
-        "sparsity": {"masked": {"elements": elements, "zeros": zeros}, "tensors": tensors},
+        "sparsity": zeros_of(plan),
     }
+
+
+def zeros_of(plan: Plan) -> dict[str, Any]:
+    """How many elements its masks make zero: of each tensor, and of all that are masked."""
+    tensors = {n: {"elements": m.numel(), "zeros": m.numel() - int(m.sum())} for n, m in plan.masks.items()}
+    elements, zeros = (sum(t[key] for t in tensors.values()) for key in ("elements", "zeros"))
+    return {"masked": {"elements": elements, "zeros": zeros}, "tensors": tensors}
 
 
 def _cut(model: nn.Module, plan: Plan, space: Space, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +120,7 @@ def _cut(model: nn.Module, plan: Plan, space: Space, options: Mapping[str, Any])
         "sizes": {names[kind]: {"dense": before.get(kind), "pruned": after.get(kind)} for kind in kinds},
         "units": _units(space, plan),
         "dropped": list(plan.dropped),
+        "where": where(space, plan),
         "costs": {
             "params": {"dense": int(whole.params), "pruned": int(rest.params)},
             "active_params": {"dense": int(whole.active_params), "pruned": int(rest.active_params)},
@@ -90,10 +129,49 @@ def _cut(model: nn.Module, plan: Plan, space: Space, options: Mapping[str, Any])
                 "pruned": int(rest.memory),
                 "kv_batch": workload.batch,
                 "kv_seq_len": workload.seq_len,
+                "kv_cache": bool(space.caches),
             },
             "macs": {"dense": int(whole.macs), "pruned": int(rest.macs)},
         },
     }
+
+
+def where(space: Space, plan: Plan) -> list[dict[str, Any]]:
+    """What was cut where: an entry for each layer, and one for each axis that lies in none, such as channels.
+
+    Args:
+        space: of the dense model.
+        plan: of a structural cut.
+
+    Returns:
+        Of each: ``name``; ``dropped``, the blocks in it that are gone (its own name: all of it); ``axes``, kind ->
+        units ``dense`` and ``pruned``, of the kinds that are cut anywhere; of layers ``params``, likewise.
+    """
+    kinds = {kept.kind for kept in plan.kept.values()}
+    whole, left, gone = lengths(space, Plan()), lengths(space, plan), gone_parameters(space, plan)
+    rows: dict[str, dict[str, Any]] = {}
+    for layer in space.layers():
+        inside = [p for p in space.parameters.values() if p.block == layer.name]
+        rows[layer.name] = {
+            "name": layer.name,
+            "dropped": [name for name in plan.dropped if f"{name}.".startswith(f"{layer.name}.")],
+            "axes": {},
+            "params": {
+                "dense": round(sum(evaluate(p.size, whole) for p in inside)),
+                "pruned": round(sum(evaluate(p.size, left) for p in inside if p.name not in gone)),
+            },
+        }
+    for axis in space.axes:
+        if axis.kind not in kinds:
+            continue
+        home = next((name for name in rows if axis.block and f"{axis.block}.".startswith(f"{name}.")), axis.name)
+        row = rows.setdefault(home, {"name": home, "dropped": [], "axes": {}})
+        size = row["axes"].setdefault(axis.kind, {"dense": 0, "pruned": 0})
+        out = any(f"{axis.name}.".startswith(f"{name}.") or axis.block == name for name in plan.dropped)
+        kept = plan.kept.get(axis.name)
+        size["dense"] += axis.size
+        size["pruned"] += 0 if out else axis.size if kept is None else len(kept.units)
+    return list(rows.values())
 
 
 def _units(space: Space, plan: Plan) -> dict[str, dict[str, int]]:

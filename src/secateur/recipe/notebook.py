@@ -13,6 +13,7 @@ from torch import nn
 
 from secateur.choose.plan import Plan
 from secateur.errors import SecateurError, nearest
+from secateur.methods.reporting import provenance
 from secateur.progress import Track, quiet
 from secateur.recipe.options import typed
 from secateur.recipe.read import known_options
@@ -130,6 +131,7 @@ class Pipeline:
         plans = {0: "not saved: no step prunes", 1: "not saved: nothing was cut"}
         several = f"not saved: {self._cuts} steps prune, and their plans are not joined into one"
         return {
+            **provenance(),
             "method": f"pipeline: {', '.join(entry['step'] for entry in self.history)}",
             "model": {"name": self._name},
             "steps": list(self.history),

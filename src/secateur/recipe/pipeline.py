@@ -19,6 +19,7 @@ from secateur.errors import SecateurError
 from secateur.load.functions import call
 from secateur.load.model import Source, fingerprint
 from secateur.methods import MASKING
+from secateur.methods.reporting import provenance, weight_bytes, zeros_of
 from secateur.progress import Track, quiet
 from secateur.recipe.folders import Folders, Mark, Record, as_user_error, identity, mark_of, save_into
 from secateur.recipe.options import Calibration, HeldOut, Inputs, ModelName, at_least
@@ -165,7 +166,10 @@ class Recipe:
             return None
         return report if same and not self.fresh else None
 
-    def run(self, *, track: Track = quiet, on_step: Tell | None = None, on_note: Note = _unheard) -> Finished:
+    def run(
+        self, *, track: Track = quiet, on_step: Tell | None = None, on_note: Note = _unheard,
+        command: Sequence[str] | None = None,
+    ) -> Finished:  # fmt: skip
         """Run all steps, each on the model of the one before, and save the last model with the report.
 
         Steps that a run before has done are not done again, and a training that was cut off goes on: what each step
@@ -176,6 +180,7 @@ class Recipe:
             track: shows progress.
             on_step: called with each step's entry of the report when it is done.
             on_note: called with a line on what is not done again, and why other things are.
+            command: that asked for it, for the report.
 
         Raises:
             SecateurError: for what only shows with the model at hand, as the steps do. `out` stays as it was then, and
@@ -200,8 +205,10 @@ class Recipe:
                 self._step(number, far, folders, (tokenizer, source, inputs, track), on_note)
                 if on_step is not None:
                     on_step(far.entries[-1])
-            report = self._report(dense, far, folders.marks[-1].fingerprint, source)
-            self._save(far, target, report, tokenizer, source, str(folders.root))
+            report = self._report(dense, far, folders.marks[-1].fingerprint, source, command)
+            without = self._save(far, target, report, tokenizer, source, str(folders.root))
+            if without is not None:
+                on_note(without)
         return Finished(far.model, report, far.plan)
 
     def _tell(self, folders: Folders, far: Progress, on_note: Note) -> None:
@@ -254,8 +261,13 @@ class Recipe:
 
     def _save(
         self, far: Progress, target: Path, report: Mapping[str, Any], tokenizer: Any, source: Source | None, root: str
-    ) -> None:
-        """The result: the last model, the report, the plan where there is one, and the files of the steps."""
+    ) -> str | None:
+        """The result: the last model, the report and its page, the plan where there is one, the files of the steps.
+
+        Returns why there is no page; None where there is one.
+        """
+        from secateur.report import add_page
+
         plan = far.plan
         scores = next((r.load_scores() for r in far.records if r.scores), None) if plan is not None else None
         saved = {**self._saved(tokenizer, source), "plan": plan, "scores": scores, "report": report}
@@ -263,6 +275,7 @@ class Recipe:
             save_into(partial, self.head.out, far.model, **saved)
             for name, path in far.files.items():
                 shutil.copyfile(path, partial / name)
+            return add_page(partial, self.head.out)
 
     def example(self, model: nn.Module) -> Any:
         """Example inputs on the model's device and of its type; None where the model does without."""
@@ -287,9 +300,15 @@ class Recipe:
             return pytree.tree_map(placed, call(asked, "inputs", "my_data:example"))
         return tuple(placed(torch.zeros(tuple(shape))) for shape in asked["shape"])
 
-    def _report(self, dense: nn.Module, far: Progress, mark: str, source: Source | None) -> dict[str, Any]:
+    def _report(
+        self, dense: nn.Module, far: Progress, mark: str, source: Source | None, command: Sequence[str] | None
+    ) -> dict[str, Any]:
         """What was done, under the names that model cards and other reports have for it."""
-        report = summary(self.head.model, dense, far) | {"recipe": {"fingerprint": mark}, "seed": self.head.seed}
+        report = summary(self.head.model, dense, far, command) | {
+            "recipe": {"fingerprint": mark},
+            "seed": self.head.seed,
+        }
+        report["bytes"] = {"dense": weight_bytes(dense, source)}
         data = {"calibration": self.head.data, "evaluation": self.head.eval_data}
         report["data"] = {name: value for name, value in data.items() if value is not None}
         if source is not None and source.unused:
@@ -297,13 +316,14 @@ class Recipe:
         return report
 
 
-def summary(name: str, dense: nn.Module, far: Progress) -> dict[str, Any]:
+def summary(name: str, dense: nn.Module, far: Progress, command: Sequence[str] | None = None) -> dict[str, Any]:
     """What the steps did to a model, as report.json has it.
 
     Args:
         name: of the dense model.
         dense: what the steps began with.
         far: the steps.
+        command: that ran them.
     """
     measured, at_dense = None, True
     for record in far.records:
@@ -316,6 +336,7 @@ def summary(name: str, dense: nn.Module, far: Progress) -> dict[str, Any]:
     plan = far.plan
     report: dict[str, Any] = {
         "secateur": importlib.metadata.version("secateur"),
+        **provenance(command),
         "method": f"recipe: {', '.join(entry['step'] for entry in far.entries)}",
         "model": {"name": name, "fingerprint": fingerprint(dense)},
         "steps": far.entries,
@@ -326,6 +347,7 @@ def summary(name: str, dense: nn.Module, far: Progress) -> dict[str, Any]:
     }
     if plan is not None:
         report["budget"] = plan.origin["budget"]
+        report |= {"sparsity": zeros_of(plan)} if plan.masks else {}
     if measured is not None:
         report["measured"] = measured
     return report

@@ -56,7 +56,10 @@ def quantize(
 
 
 def report(work: Work) -> Made:
-    """Write report.md: a table of the steps before, and the curves of those that trained."""
+    """Write report.md: a table of the steps before, and the curves of those that trained.
+
+    The result gets report.html in any case, of all steps.
+    """
     if not work.entries:
         raise SecateurError("there is nothing to report: put steps before")
     (work.files / "report.md").write_text(report_text(work.name, work.entries), encoding="utf-8")

@@ -60,7 +60,8 @@ def prune(
     report["spent"] = report.pop("seconds")  # the parts of it
     if "measured" in report:
         report["measured"] = {**report["measured"], "data": shown(eval_data)}
-    del report["options"], report["secateur"]
+    for told_once in ("options", "secateur", "format", "made"):  # by the whole recipe
+        del report[told_once]
     return Made(result.model, report, result.plan, result.scores)
 
 
