@@ -45,7 +45,7 @@ demo: $(STAMP)  ## prune the bundled language model to 70% of its parameters
 		--data $(MODEL)/calib_ids.npy --eval-data $(MODEL)/val_ids.npy --overwrite
 
 site: $(STAMP)  ## build the documentation to out/site/index.html
-	$(BIN)/mkdocs build --strict --quiet --site-dir out/site
+	$(BIN)/mkdocs build --strict --site-dir out/site
 
 clean:  ## remove results and caches, keep .venv
 	rm -rf out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

@@ -1,9 +1,10 @@
 """What really gets smaller and faster, measured: structured cuts, masks, and the chain prune -> ONNX -> INT8.
 
     llama    a random Llama of 341M parameters against its cut to half of its MACs; torch and ONNX Runtime
-    resnet   a ResNet-50 of random weights, 224 x 224, the same
+    resnet   a ResNet-50 of random weights, 1 and 8 images of 224 x 224, the same
     masked   both, with 70% zeros
     chain    the bundled model, pruned to 70% and repaired (distilled, with --distil 500k), as ONNX, as INT8
+    blocks   the bundled classifier at half of its MACs, channels in multiples of 1 to 16
     digits   the bundled classifier, pruned to half of its MACs, repaired, fine-tuned, as ONNX, as INT8
 
     .venv/bin/python benchmarks/shipping.py                       # all; needs 16 GB and an idle machine
@@ -140,10 +141,12 @@ def kept(folder: Path, make: Callable[[], None]) -> Path:
 def random_llamas(setup: Setup) -> dict[str, Path]:
     """Dense; cut to half of its MACs, alike in all layers; 70% zeros. All in float32."""
     folder = setup.folder("llama-models")
-    sizes: dict[str, Any] = {"round_to": dict.fromkeys(("hidden", "ffn"), 8 if setup.small else 64)}
-    sizes["only"] = ("hidden", "ffn")  # the heads stay: then stock transformers loads what comes out
+    # Half of the MACs of every layer, in multiples of 64; which units go is nothing that a clock could see.
+    half = {"hidden": 704, "ffn": 1920, "heads": 11, "kv_groups": 11}
+    if setup.small:
+        half = {"hidden": 32, "ffn": 128, "heads": 1, "kv_groups": 1}
 
-    def cut(budget: str, name: str, **how: Any) -> Path:
+    def cut(budget: str | dict[str, int], name: str, **how: Any) -> Path:
         def make() -> None:
             found = secateur.prune(llama(small=setup.small), budget, **how)
             secateur.save(found.model, folder / name, plan=found.plan)
@@ -152,7 +155,7 @@ def random_llamas(setup: Setup) -> dict[str, Path]:
 
     return {
         "dense": kept(folder / "dense", lambda: void(secateur.save(llama(small=setup.small), folder / "dense"))),
-        "cut": cut("macs=50%", "cut", method="structural", scope="local", **sizes),
+        "cut": cut(half, "cut", method="minitron", data=torch.arange(256).reshape(4, 64), mend="none"),
         "masked": cut("sparsity=70%", "masked", method="magnitude"),
     }
 
@@ -161,7 +164,7 @@ def random_resnets(setup: Setup) -> dict[str, Path]:
     """The same of the ResNet."""
     folder, image = setup.folder("resnet-models"), torch.zeros(1, 3, *[64 if setup.small else 224] * 2)
     built: dict[str, Any] = {"constructor": "shipping:resnet", "arguments": {"small": setup.small}}
-    sizes = {"round_to": 4 if setup.small else 16}
+    sizes = {"round_to": 4 if setup.small else 32}
 
     def cut(budget: str | None, name: str, **how: Any) -> Path:
         def make() -> None:
@@ -189,9 +192,10 @@ def run_llama(setup: Setup) -> Row:
 
 
 def run_resnet(setup: Setup) -> Row:
-    """One image at a time."""
+    """One image, and eight at a time."""
     models = random_resnets(setup)
-    return setup.bench("resnet", [models["dense"], models["cut"]], "--onnx", "--input-shape", image_shape(setup))
+    pair = [models["dense"], models["cut"]]
+    return {str(n): setup.bench(f"resnet-{n}", pair, "--onnx", "--input-shape", image_shape(setup, n)) for n in (1, 8)}
 
 
 def run_masked(setup: Setup) -> Row:
@@ -207,9 +211,9 @@ def run_masked(setup: Setup) -> Row:
     }
 
 
-def image_shape(setup: Setup) -> str:
-    """Of one image."""
-    return "1,3,64,64" if setup.small else "1,3,224,224"
+def image_shape(setup: Setup, count: int = 1) -> str:
+    """Of some images."""
+    return f"{count},3,64,64" if setup.small else f"{count},3,224,224"
 
 
 # --- the chain: does each optimisation compound? ---
@@ -267,22 +271,22 @@ def run_digits(setup: Setup) -> Row:
     built: dict[str, Any] = {"constructor": "examples.digits.digits:make_model"}
     quick: dict[str, Any] = {"levels": 5, "trials": 4, "probes": 2, "score_samples": 64} if setup.small else {}
 
-    def prune() -> None:
-        found = secateur.prune(dense, "macs=50%", method="search", data=calibration, inputs=example, **quick)
-        secateur.save(found.model, folder / "cut", plan=found.plan, **built)
+    def prune(name: str, round_to: int) -> None:
+        how = {**quick, "method": "search", "round_to": round_to}
+        found = secateur.prune(dense, "macs=50%", data=calibration, inputs=example, **how)
+        secateur.save(found.model, folder / name, plan=found.plan, **built)
 
-    def tune() -> None:
+    def tune(name: str) -> None:
         images, labels = digits.images("train", 256 if setup.small else 20000)
         batches = list(zip(torch.split(images, 128), torch.split(labels, 128), strict=True))
-        healed = secateur.finetune(secateur.load(folder / "cut"), batches, epochs=1 if setup.small else 5)
-        secateur.save(healed.model, folder / "tuned", **built)
+        healed = secateur.finetune(secateur.load(folder / name), batches, epochs=1 if setup.small else 5)
+        secateur.save(healed.model, folder / f"{name} tuned", **built)
 
-    stages = {
-        "dense": kept(folder / "dense", lambda: void(secateur.save(dense, folder / "dense", **built))),
-        "cut": kept(folder / "cut", prune),
-        "tuned": kept(folder / "tuned", tune),
-    }
-    for name in ("dense", "tuned"):
+    stages = {"dense": kept(folder / "dense", lambda: void(secateur.save(dense, folder / "dense", **built)))}
+    for name, round_to in (("cut", 16), ("any sizes", 1)):  # blocked kernels want multiples of 16 channels
+        stages[name] = kept(folder / name, lambda: prune(name, round_to))  # noqa: B023 - called at once
+        stages[f"{name} tuned"] = kept(folder / f"{name} tuned", lambda: tune(name))  # noqa: B023 - the same
+    for name in ("dense", "cut tuned", "any sizes tuned"):
         exported, quantised = folder / f"{name}.onnx", folder / f"{name}-int8.onnx"
         if not quantised.exists():
             export_onnx(secateur.load(stages[name]), example, exported, overwrite=True)
@@ -295,7 +299,7 @@ def run_digits(setup: Setup) -> Row:
     found = setup.bench("digits", list(stages.values()), "--input-shape", "64,1,24,24")
     table = stage_table(stages, found, quality, "accuracy")
     print_stages(table, "accuracy", "forward")
-    return {"stages": table, "compounding": compounding(table, "tuned", "forward", lambda a: -a), "bench": found}
+    return {"stages": table, "compounding": compounding(table, "cut tuned", "forward", lambda a: -a), "bench": found}
 
 
 def stage_table(
@@ -315,11 +319,11 @@ def print_stages(table: dict[str, Row], measure: str, what: str) -> None:
     """One line for each stage."""
     dense = table["dense"]
     columns = f"{'MB':>7} {'smaller':>8} {'compressed':>11} {'ms':>9} {'faster':>7} {measure:>11}"
-    print(f"\n{'stage':<16} {'runtime':<12} {columns}")
+    print(f"\n{'stage':<22} {'runtime':<12} {columns}")
     for name, own in table.items():
         timed, size = own["times"][what], own["bytes"]
         print(
-            f"{name:<16} {own['runtime']:<12} {size / 1e6:7.2f} {dense['bytes'] / size:7.2f}x "
+            f"{name:<22} {own['runtime']:<12} {size / 1e6:7.2f} {dense['bytes'] / size:7.2f}x "
             f"{own['bytes_compressed'] / 1e6:11.2f} {1000 * timed['median']:9.3f} {timed['speedup']:6.2f}x "
             f"{own[measure]:11.4f}"
         )
@@ -347,6 +351,24 @@ def compounding(table: dict[str, Row], last: str, what: str, loss: Callable[[flo
     return found
 
 
+def run_blocks(setup: Setup) -> Row:
+    """The bundled classifier at half of its MACs, channels in multiples of 1, 2, 4, 8 and 16."""
+    sys.path.insert(0, str(ROOT))
+    digits: Any = importlib.import_module("examples.digits.digits")
+    folder, example, dense = setup.folder("blocks-models"), torch.zeros(2, 1, 24, 24), digits.trained()
+    built: dict[str, Any] = {"constructor": "examples.digits.digits:make_model"}
+
+    def cut(name: str, round_to: int) -> None:
+        how: dict[str, Any] = {"method": "structural", "scope": "local", "round_to": round_to}
+        found = secateur.prune(dense, "macs=50%", inputs=example, **how)
+        secateur.save(found.model, folder / name, plan=found.plan, **built)
+
+    models = [kept(folder / "dense", lambda: void(secateur.save(dense, folder / "dense", **built)))]
+    for size in (1, 2, 4, 8, 16):
+        models.append(kept(folder / f"by {size}", lambda: cut(f"by {size}", size)))  # noqa: B023 - called at once
+    return setup.bench("blocks", models, "--onnx", "--input-shape", "64,1,24,24")
+
+
 def void(_: object) -> None:
     """For functions whose result nobody needs."""
 
@@ -357,6 +379,7 @@ PARTS: dict[str, Callable[[Setup], Row]] = {
     "masked": run_masked,
     "chain": run_chain,
     "digits": run_digits,
+    "blocks": run_blocks,
 }
 
 

@@ -23,6 +23,13 @@ SMALL = {
     "profile": ["--levels", "2", "--repeats", "2"],
     "survey": ["--samples", "16"],
     "distill": ["--samples", "16", "--eval-every", "99"],
+    "sensitivity": ["--samples", "2"],
+    "check": ["--samples", "8"],
+    "advise": [],
+    "bench": [],
+    "export": [],
+    "report": [],
+    "compare": [],
 }
 SHORT = {"--tokens": "4k"}  # what commands say themselves, and would take too long
 OPTIONS_OF_MINITRON = ("--score-samples", "4", "--top-k", "2")

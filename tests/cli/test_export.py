@@ -103,7 +103,7 @@ def test_a_fixed_file_is_calibrated_in_its_sizes(place: Path, capsys: pytest.Cap
     lines = [line.split() for line in text.splitlines()]
     assert ["input", "input_ids", "2", "x", "8"] in lines
     assert ["weights", "left", "in", "float", "none"] in lines
-    assert "Sizes that other kernels dislike" in text
+    assert "Sizes that kernels dislike" in text
     assert [port.shape for port in OnnxModel("m_int8.onnx").inputs] == [(2, 8), (2, 8)]
 
 

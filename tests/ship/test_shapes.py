@@ -85,7 +85,7 @@ def test_other_models() -> None:
         ("outputs of 0", [100], "tensor cores", [96, 104]),
         ("inputs of 2", [100], "tensor cores", [96, 104]),
     ]
-    assert told(nn.Conv2d(3, 5, 3)) == []
+    assert told(nn.Conv2d(3, 16, 3)) == []
     dims = {f.dim for f in shape_advice(tiny("gpt2", dtype=torch.float32))}
     assert "inputs of transformer.h.*.mlp.c_proj" in dims, "Conv1D of transformers is stored transposed"
 
@@ -93,3 +93,13 @@ def test_other_models() -> None:
 def test_nearest_multiples() -> None:
     assert nearest_multiples(100, 32) == [96, 128]
     assert nearest_multiples(7, 32) == [32]
+
+
+def test_channels_between_convolutions_are_blocks_of_sixteen() -> None:
+    good = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 16, 1))
+    assert told(good) == []
+    cut = nn.Sequential(nn.Conv2d(3, 30, 3), nn.Conv2d(30, 24, 3), nn.Conv2d(24, 12, 1), nn.Conv2d(12, 16, 1))
+    assert [(f.values, f.good, "half the speed" in f.why) for f in shape_advice(cut)] == [
+        ([12, 24], [16, 32], False),
+        ([30], [16, 32], True),
+    ]

@@ -307,7 +307,7 @@ def _draw(console: Console, values: Mapping[str, Any], findings: Sequence[Findin
     for note in values["notes"]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     if findings:
-        console.print("Sizes that other kernels dislike (ONNX Runtime and OpenVINO on CPUs take any):")
+        console.print("Sizes that kernels dislike:")
     for finding in findings[:FINDINGS]:
         console.print(f"  {finding}", markup=False, soft_wrap=True)
     if len(findings) > FINDINGS:

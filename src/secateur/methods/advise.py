@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from secateur.errors import SecateurError, nearest
 from secateur.methods.advice import (
+    BLOCKS,
     BUNDLED,
     CNN,
     DEEPER,
@@ -261,7 +262,8 @@ def convolutions(facts: Facts, wish: Wish) -> Advice | None:
     last = int8_command(facts, wish, "out/pruned-healed", "out/model.onnx") if small else None
     commands = [
         prune_command(
-            facts, wish, "out/pruned", "--method", "search", *budget_words(wish, "macs=50%"), *adapt_words(facts)
+            facts, wish, "out/pruned", "--method", "search", *budget_words(wish, "macs=50%"), "--round-to", "16",
+            *adapt_words(facts),
         ),
         distil_command(facts, wish, "out/pruned"),
         *([last] if last else []),
@@ -272,8 +274,9 @@ def convolutions(facts: Facts, wish: Wish) -> Advice | None:
         "convolutions",
         f"Remove channels by search, to {wish.budget if wish.budget.limits else 'half of the multiply-accumulates'}, "
         "then train for a few epochs" + (", then INT8 (static)." if small else "."),
-        "Removed channels are the one cut that every runtime turns into time.",
-        CNN + (f"; {INT8_CNN}" if small else ""),
+        "Removed channels are the one cut that every runtime turns into time, as long as what stays is in multiples of "
+        "16: convolutions on CPUs work on blocks of channels.",
+        f"{CNN}; {BLOCKS}" + (f"; {INT8_CNN}" if small else ""),
         tuple(commands),
     )
 

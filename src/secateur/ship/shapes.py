@@ -1,6 +1,7 @@
 """Which sizes of a model common kernels dislike, and the nearest that they like.
 
-Only kernels of GPUs and formats of quantisation care: ONNX Runtime and OpenVINO on a CPU take any size as it is.
+Kernels of GPUs and formats of quantisation care, and convolutions on CPUs; ONNX Runtime and OpenVINO take any size of
+a matrix product as it is.
 """
 
 import re
@@ -20,6 +21,8 @@ HALF = 8
 HEADS = (64, 80, 96, 112, 128, 256)
 """Sizes of a head that attention kernels are built for: FlashAttention, vLLM, llama.cpp."""
 PARALLEL = (2, 4, 8)
+CHANNELS, FEWEST = 16, 4
+"""ONNX Runtime convolves blocks of 16 channels (8 without AVX-512), and leaves them for what is no multiple of 4."""
 _SHOWN = 3
 
 
@@ -50,7 +53,7 @@ def shape_advice(model: nn.Module) -> list[Finding]:
     """Sizes of a model that common kernels dislike; nothing is run, and weights may be on the meta device.
 
     Language models are looked at as servers see them: GGUF files of llama.cpp, FP8 and tensor parallelism in vLLM,
-    attention kernels. Of other models, only what tensor cores take.
+    attention kernels. Of other models, what tensor cores take, and convolutions on CPUs.
 
     Args:
         model: any module, pruned or not.
@@ -64,7 +67,7 @@ def shape_advice(model: nn.Module) -> list[Finding]:
         found += _parallel(model, linear)
     else:
         found += _half(linear)
-    return _merged(found)
+    return _merged([*found, *_blocks(model)])
 
 
 def _merged(findings: Iterable[Finding]) -> list[Finding]:
@@ -122,6 +125,19 @@ def _half(linear: Iterable[Product]) -> Iterator[Finding]:
             if value % HALF and value > HALF:
                 why = f"in 16 bits are fast for multiples of {HALF}"
                 yield Finding(f"{which} of {names}", [value], "tensor cores", why, nearest_multiples(value, HALF))
+
+
+def _blocks(model: nn.Module) -> Iterator[Finding]:
+    """Channels between convolutions: measured in docs/what-gets-faster.md."""
+    convs = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+    for value, names in _by_value((name, conv.out_channels) for name, conv in convs):
+        if value % FEWEST:
+            why = f"takes other kernels for what is no multiple of {FEWEST}, at half the speed"
+        elif value % CHANNELS:
+            why = f"pads its blocks of {CHANNELS} channels (8 without AVX-512)"
+        else:
+            continue
+        yield Finding(f"channels of {names}", [value], "ONNX Runtime on CPUs", why, nearest_multiples(value, CHANNELS))
 
 
 def _attention(model: nn.Module) -> Iterator[Finding]:
