@@ -90,7 +90,7 @@ def test_a_callable_as_a_table(place: Path, capsys: pytest.CaptureFixture[str]) 
         (["own_times:net", "--input-shape", "2,3,4,4", "--levels", "0"], "--levels must be at least 1, not 0"),
         (["own_times:net", "--input-shape", "2,3,4,4", "--threads", "2", "--cpu-time"], "2 threads"),
         (["own_times:net", "--input-shape", "2,3,4,4", "--device", "cuda", "--threads", "1"], "goes with --device cpu"),
-        (["own_times:net", "--existing", "no.json"], "no.json: no readable latency table"),
+        (["own_times:net", "--existing", "no.json"], "no.json: is no readable latency table"),
         (["{folder}", "--seq-len", "999"], "longer than the 256 positions"),
     ],
     ids=str,

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from secateur.cli.models import Building, batches_from, check_sources, open_mode
 from secateur.cli.options import Common, Group, Reading, parse
 from secateur.cli.tables import table
 from secateur.errors import SecateurError
+from secateur.files import check_file, write_json
 from secateur.load.functions import find_function, is_constructor, names_function
 from secateur.load.groups import Sliced, load_groups, sliced
 from secateur.measure.gate import (
@@ -123,7 +123,7 @@ def run(words: Sequence[str]) -> None:
     )  # fmt: skip
     values = _values(found, arguments, rows.unit)
     if arguments.out is not None:
-        _write(arguments.out, values)
+        write_json(arguments.out.expanduser().resolve(), values)
     common.show(values, lambda console: _draw(console, found, arguments, rows.unit))
     if not found.passed:
         raise SystemExit(FAILED)
@@ -142,7 +142,9 @@ def _check(arguments: Arguments) -> tuple[list[Tolerance], Tolerance | None]:
     if arguments.data == "self":
         raise SecateurError("--data self would measure a model on its own words: give held-out data")
     if arguments.out is not None:
-        _check_out(arguments.out, overwrite=arguments.overwrite)
+        if arguments.out.suffix != ".json":
+            raise SecateurError(f"--out {arguments.out}: the result is JSON: give a file that ends with .json")
+        check_file(arguments.out, "the result", overwrite=arguments.overwrite)
     if names_function(arguments.by):
         find_function(str(arguments.by), "--by", "my_data:domain")
     check_sources(arguments.model if arguments.against is None else arguments.against, data=arguments.data)
@@ -155,13 +157,6 @@ def _tolerance(option: str, text: str) -> Tolerance:
         return Tolerance.parse("loss" if option == "max_drift" else measure, text)
     except SecateurError as error:
         raise SecateurError(f"--{option.replace('_', '-')}: {error}") from error
-
-
-def _check_out(out: Path, *, overwrite: bool) -> None:
-    if out.suffix != ".json":
-        raise SecateurError(f"--out {out}: the result is JSON: give a file that ends with .json")
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise SecateurError(f"--out {out} is there already; --overwrite replaces a file")
 
 
 def _models(arguments: Arguments) -> tuple[nn.Module, nn.Module | None, Any]:
@@ -308,18 +303,6 @@ def _ends(found: Interval) -> dict[str, float | None]:
     """An interval; null for an end that is not known."""
     low, high = (x if math.isfinite(x) else None for x in (found.low, found.high))
     return {"value": found.value, "low": low, "high": high}
-
-
-def _write(out: Path, values: dict[str, Any]) -> None:
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(out)
-    except OSError as error:
-        raise SecateurError(f"--out {out} cannot be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _draw(console: Console, found: Verdict, arguments: Arguments, unit: str) -> None:

@@ -8,7 +8,6 @@ confidence of 95%, say how much faster a model is. A difference is within the no
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from secateur.errors import SecateurError
+from secateur.files import check_file, read_json, write_json
 from secateur.measure.latency import FEWEST, LatencyTable, Stopwatch, Timer, Timing, in_turns
 from secateur.progress import Track, quiet
 
@@ -231,16 +231,7 @@ class Bench:
         Raises:
             SecateurError: where something is in the way; see `check_bench_path`.
         """
-        target = check_bench_path(path, overwrite=overwrite)
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(target)
-        except OSError as error:
-            raise SecateurError(f"{path}: cannot be written: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        write_json(check_bench_path(path, overwrite=overwrite), self.to_json())
 
 
 def load_bench(path: Path | str) -> dict[str, Any]:
@@ -249,10 +240,7 @@ def load_bench(path: Path | str) -> dict[str, Any]:
     Raises:
         SecateurError: where it is missing, or no bench.json of this format.
     """
-    try:
-        values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SecateurError(f"{path}: no readable bench.json: {error}") from error
+    values = read_json(path, "bench.json")
     if not isinstance(values, dict) or values.get("kind") != "bench" or values.get("format") != FORMAT:
         kind = values.get("format") if isinstance(values, dict) and values.get("kind") == "bench" else "another kind"
         raise SecateurError(f"{path}: is no bench.json of format {FORMAT} ({kind}): make it anew with secateur bench")
@@ -269,18 +257,7 @@ def check_bench_path(path: Path | str, *, overwrite: bool = False) -> Path:
     Raises:
         SecateurError: Something is in the way, and how to get around it.
     """
-    target = Path(path).expanduser().resolve()
-    above = next((p for p in target.parents if p.exists()), target.parent)
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise SecateurError(f"{path}: cannot be made, because {above} is not a folder that can be written to")
-    if not target.exists():
-        return target
-    if target.is_dir():
-        raise SecateurError(f"{path}: is a folder, and the result is one file; choose another name")
-    if not overwrite:
-        raise SecateurError(f"{path}: exists already; choose another name, or overwrite it (--overwrite)")
-    load_bench(target)
-    return target
+    return check_file(path, "the result", overwrite=overwrite, known=load_bench)
 
 
 def bench(

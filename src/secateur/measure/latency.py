@@ -5,8 +5,6 @@ cut saves. What counts is the ratio of two times of one run.
 """
 
 import gc
-import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import SecateurError, nearest
+from secateur.files import check_file, read_json, write_json
 from secateur.load.batches import run
 from secateur.load.mode import evaluating
 from secateur.progress import Track, quiet
@@ -245,7 +244,9 @@ def tried(model: nn.Module, function: Callable[[], Any]) -> Any:
     """
     try:
         return function()
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except SecateurError:
+        raise
+    except Exception as error:  # the model's own code raises whatever it likes
         first = (str(error).strip().splitlines() or ["no message"])[0]
         raise SecateurError(
             f"{type(model).__name__} does not run on these inputs ({type(error).__name__}: {first}): give inputs of "
@@ -319,16 +320,7 @@ class LatencyTable:
             SecateurError: where something is in the way; see `check_table_path`.
         """
         target = check_table_path(path, overwrite=overwrite)
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        values = {"format": FORMAT, "kind": "latency", **asdict(self)}
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(target)
-        except OSError as error:
-            raise SecateurError(f"{path}: cannot be written: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        write_json(target, {"format": FORMAT, "kind": "latency", **asdict(self)}, sort_keys=True)
 
     @staticmethod
     def load(path: Path | str) -> "LatencyTable":
@@ -337,10 +329,7 @@ class LatencyTable:
         Raises:
             SecateurError: where it is missing, or no such table.
         """
-        try:
-            values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SecateurError(f"{path}: no readable latency table: {error}") from error
+        values = read_json(path, "latency table")
         hint = f"is no latency table of format {FORMAT}: make one with secateur profile"
         if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("kind") != "latency":
             raise SecateurError(f"{path} {hint}")
@@ -362,18 +351,7 @@ def check_table_path(path: Path | str, *, overwrite: bool = False) -> Path:
     Raises:
         SecateurError: Something is in the way, and how to get around it.
     """
-    target = Path(path).expanduser().resolve()
-    above = next((p for p in target.parents if p.exists()), target.parent)
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise SecateurError(f"{path}: cannot be made, because {above} is not a folder that can be written to")
-    if not target.exists():
-        return target
-    if target.is_dir():
-        raise SecateurError(f"{path}: is a folder, and a latency table is a file; choose another name")
-    if not overwrite:
-        raise SecateurError(f"{path}: exists already; choose another name, or overwrite it (--overwrite)")
-    LatencyTable.load(target)
-    return target
+    return check_file(path, "a latency table", overwrite=overwrite, known=LatencyTable.load)
 
 
 def _is_seconds(value: Any) -> bool:

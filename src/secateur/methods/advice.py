@@ -30,8 +30,8 @@ CNN = (
     "epochs (benchmarks/README.md)"
 )
 BLOCKS = (
-    "half the MACs of the digits CNN in ONNX Runtime: 1.54 times as fast with multiples of 16 channels, 0.60 times with "
-    "any number (docs/what-gets-faster.md)"
+    "half the MACs of the digits CNN in ONNX Runtime: 1.54 times as fast with multiples of 16 channels, 0.60 times "
+    "with any number (docs/what-gets-faster.md)"
 )
 INT8_CNN = "INT8 (static, ONNX) kept 89.6% accuracy of 89.6% at 29% of the float32 bytes (docs/export.md)"
 ZEROS = "the best masks (alps) lost 8% of perplexity at 50% zeros and 48% at 70% (17.20, 23.64; docs/sparsity.md)"

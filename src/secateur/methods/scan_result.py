@@ -1,14 +1,13 @@
 """What a sensitivity scan found, as a file that allocation reads, and what is worst in it."""
 
 import importlib.metadata
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.files import check_file, read_json, write_json
 
 FORMAT = 1
 _NEEDED = ("model", "fingerprint", "data", "measure", "dense", "losses", "axes", "blocks", "cost")
@@ -112,15 +111,7 @@ class Sensitivity:
             SecateurError: Something is in the way, and how to get around it.
         """
         target = check_path(path, overwrite=overwrite)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(target)
-        except OSError as error:
-            raise SecateurError(f"{path}: cannot be written: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        write_json(target, self.to_json())
         return target
 
     @staticmethod
@@ -130,10 +121,7 @@ class Sensitivity:
         Raises:
             SecateurError: where it is missing, or no sensitivity file of this format.
         """
-        try:
-            values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SecateurError(f"{path}: no readable sensitivity file: {error}") from error
+        values = read_json(path, "sensitivity file")
         if not isinstance(values, dict) or values.get("kind") != "sensitivity":
             raise SecateurError(f"{path} is no sensitivity file: make one with secateur sensitivity")
         if values.get("format") != FORMAT:
@@ -189,16 +177,6 @@ def check_path(path: Path | str, *, overwrite: bool = False) -> Path:
     Raises:
         SecateurError: Something is in the way, and how to get around it.
     """
-    target = Path(path).expanduser().resolve()
-    if target.suffix != ".json":
+    if Path(path).suffix != ".json":
         raise SecateurError(f"{path}: the result is a .json file: give it a name that ends so")
-    above = next((p for p in target.parents if p.exists()), target.parent)
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise SecateurError(f"{path}: cannot be made, because {above} is not a folder that can be written to")
-    if target.is_dir():
-        raise SecateurError(f"{path}: is a folder, and the result is a file; choose another name")
-    if target.exists() and not overwrite:
-        raise SecateurError(f"{path}: exists already; choose another name, or overwrite it (--overwrite)")
-    if target.exists():
-        Sensitivity.load(target)
-    return target
+    return check_file(path, "the result", overwrite=overwrite, known=Sensitivity.load)
