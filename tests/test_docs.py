@@ -68,11 +68,6 @@ def _there(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(workplace))
 
 
-@pytest.mark.parametrize(("where", "text"), blocks("python"), ids=[where for where, _ in blocks("python")])
-def test_python_block_runs(where: str, text: str) -> None:
-    exec(compile(text, where, "exec"), {"__name__": where})
-
-
 def test_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert {words[1] for _, words in commands()} == set(SMALL)
     for where, words in commands():
@@ -83,6 +78,11 @@ def test_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
         said = [SHORT.get(option, word) for option, word in pairwise(words)]
         code = main([*said, *small])
         assert code == 0, f"{where}: {shlex.join(words)}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(("where", "text"), blocks("python"), ids=[where for where, _ in blocks("python")])
+def test_python_block_runs(where: str, text: str) -> None:
+    exec(compile(text, where, "exec"), {"__name__": where})
 
 
 def test_links_lead_somewhere() -> None:
