@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli_models import save_model, write_data
+from transformers import T5Config, T5ForConditionalGeneration
 
 from secateur.cli import main
 
@@ -93,6 +94,17 @@ def test_a_network_gets_its_inputs_from_the_data_or_as_it_was_told(say: Callable
         assert first[-2:] == expected
         assert "--adapt-batch-norm" in first
         assert bool(found["facts"]["probes"]) == ("--data" in words)
+
+
+def test_an_encoder_decoder_needs_no_data(
+    work: Path, say: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=99, **sizes)).save_pretrained(work / "t5")
+    capsys.readouterr()
+    found = json.loads(say("advise", "t5", "--target", "cpu", "--budget", "params=70%", "--json"))
+    assert (found["facts"]["language"], found["facts"]["probes"]) == (False, [])
+    assert found["recommendation"]["rule"] == "structure"
 
 
 def test_a_pruned_model_is_known(say: Callable[..., str]) -> None:

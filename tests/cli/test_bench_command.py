@@ -11,11 +11,16 @@ import pytest
 import torch
 from cli_models import save_model
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from secateur.cli import bench_models
 from secateur.cli.bench_models import short_names
+from secateur.errors import SecateurError
+from secateur.load.model import quiet_transformers
 from secateur.measure import bench_memory
 from secateur.measure.bench import load_bench
+from secateur.measure.bench_passes import file_load
+from secateur.measure.onnx import OnnxModel
 
 NET = '''
 """Networks of a user."""
@@ -32,6 +37,14 @@ def net(width=16):
 
 def half():
     return net(8)
+
+
+class Broken(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+
+    def forward(self, x):
+        return None.shape
 
 
 def other():
@@ -58,6 +71,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(root / "masked")
     save_model(root / "cut", intermediate_size=16)
     save_model(root / "foreign", vocab_size=300)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    with quiet_transformers():
+        T5ForConditionalGeneration(T5Config(vocab_size=99, **sizes)).save_pretrained(root / "t5")
     file = root / "masked" / "model.safetensors"
     tensors = load_file(file)
     for name, tensor in tensors.items():
@@ -120,10 +136,14 @@ def test_callables_and_files_on_the_same_images(place: Path, say: Callable[..., 
     words = ("bench", "own_bench:net", "own_bench:half", "net.onnx", "--input-shape", "2,3,4,4", *FAST, "--json")
     values = json.loads(say(*words))
     assert [model["name"] for model in values["models"]] == ["own_bench:net", "own_bench:half", "net.onnx"]
-    whole, half, file = values["models"]
-    assert whole["macs"] == 4 * 27 * 16 + 64 * 5 == 2 * half["macs"] == file["macs"]
-    assert list(file["times"]) == ["forward"]
+    whole, half, exported = values["models"]
+    assert whole["macs"] == 4 * 27 * 16 + 64 * 5 == 2 * half["macs"] == exported["macs"]
+    assert list(exported["times"]) == ["forward"]
     assert any("own_bench:half (torch): forward" in note and "allow 2.00x" in note for note in values["notes"])
+    file = OnnxModel("net.onnx")
+    for given in ({"seq": 7}, {"decode": 2}):
+        with pytest.raises(SecateurError, match=f"--{next(iter(given))} is for language models, and net.onnx takes no"):
+            file_load(file.path, file, **{"batch": None, "seq": None, "decode": None, **given})
     alone = json.loads(
         say("bench", "net.onnx", "--batch", 3, *QUICK, "--skip", "memory", "macs", "compressed", "--json")
     )
@@ -138,7 +158,10 @@ def test_callables_and_files_on_the_same_images(place: Path, say: Callable[..., 
     [
         ([], "there is no model to bench"),
         (["{dense}", "{dense}"], "is given twice"),
+        (["{dense}", "{dense}/../dense"], "is given twice"),
+        (["own_bench:Broken", "--input-shape", "2,3"], "Broken does not run on these inputs (AttributeError:"),
         (["{dense}", "{foreign}"], "320 tokens in its vocabulary, foreign has 300: they cannot be compared"),
+        (["{t5}", "--seq", "5"], "--seq is for language models, and t5 is a T5ForConditionalGeneration"),
         (["{dense}", "--repeats", "2"], "repeats must be at least 3, not 2"),
         (["{dense}", "--batch", "0"], "--batch must be at least 1, not 0"),
         (["{dense}", "--threads", "0"], "--threads must be at least 1, not 0"),
@@ -161,7 +184,7 @@ def test_bad_input_is_one_line(
     place: Path, folders: Path, refused: Callable[..., str], words: list[str], message: str
 ) -> None:
     (place / "bad.onnx").write_bytes(b"no graph")
-    paths = {name: folders / name for name in ("dense", "foreign")}
+    paths = {name: folders / name for name in ("dense", "foreign", "t5")}
     quick: tuple[str, ...] = () if "--repeats" in words or "--threads" in words else FAST
     quick = FAST[:-2] if "--skip" in words else quick
     assert message in refused("bench", *(word.format(**paths) for word in words), *quick)

@@ -156,6 +156,18 @@ def test_a_field_of_records_slices(capsys: pytest.CaptureFixture[str]) -> None:
     assert checked(capsys, *words, "--by", "domain", "--samples", 3, "--strict")[0] == 3
 
 
+def test_names_of_slices_are_shown_as_they_are(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "The gardener cuts. " * 9
+    names = ["[/b]", "[red]a[/red]", "\N{GREEK SMALL LETTER LAMDA}", 3, "long" * 40]
+    (work / "odd.jsonl").write_text("".join(json.dumps({"text": text, "domain": name}) + "\n" for name in names))
+    words = ("small", "--against", "dense", "--data", "odd.jsonl", "--max-kl", "9", "--by", "domain")
+    assert main(["check", *words]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in names[:-1]), said
+    (row,) = [line for line in said.splitlines() if "longlong" in line]
+    assert row.split()[-1] == "small"  # the verdict is not pushed out
+
+
 def test_a_function_and_a_mapping_slice(capsys: pytest.CaptureFixture[str]) -> None:
     found = checked(capsys, *TOKENS, "--max-kl", 99, "--by", "gate_mine:domain", "--min-slice", 2)[1]
     assert {part["name"]: part["rows"] for part in found["slices"]} == {"even": 2, "odd": 2}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cli_models import save_model, write_data
+from transformers import T5Config, T5ForConditionalGeneration
 
 from secateur.cli import main
 from secateur.measure.onnx import OnnxModel
@@ -33,12 +34,26 @@ class Bessel(nn.Linear):
         return torch.special.bessel_j0(super().forward(x))
 
 
+class Branching(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if y.sum() > 0 else -y
+
+
+def branching():
+    return Branching(4, 4)
+
+
 def bessel():
     return Bessel(4, 4)
 
 
 def images():
     return [(torch.randn(8, 3, 4, 4), torch.zeros(8, dtype=torch.int64))]
+
+
+def number():
+    return 3
 
 
 def columns():
@@ -105,6 +120,16 @@ def test_a_fixed_file_is_calibrated_in_its_sizes(place: Path, capsys: pytest.Cap
     assert ["weights", "left", "in", "float", "none"] in lines
     assert "Sizes that kernels dislike" in text
     assert [port.shape for port in OnnxModel("m_int8.onnx").inputs] == [(2, 8), (2, 8)]
+    err = refused(capsys, model, "--out", "n.onnx", "--fixed", "--seq-len", "257")
+    assert f"--seq-len 257: {model} takes at most 256 tokens" in err
+
+
+def test_a_fixed_encoder_decoder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=99, **sizes)).save_pretrained(place / "t5")
+    capsys.readouterr()
+    found = values(capsys, place / "t5", "--out", "t5.pt2", "--fixed", "--batch", "2", "--seq-len", "5")
+    assert found["export"]["inputs"] == {n: [2, 5] for n in ("input_ids", "decoder_input_ids", "attention_mask")}
 
 
 def test_a_model_of_a_user(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +149,14 @@ def test_a_model_of_a_user(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     err = refused(capsys, *words, "--out", "o.onnx", "--int8", "static", "--data", "own_exports:columns")
     assert "o.onnx has no input 'image'" in err
     assert "known: input" in err
+    assert "there is no INT8 file, the float file o.onnx is whole" in err
+    err = refused(capsys, *words, "--out", "p.onnx", "--int8", "static", "--data", "own_exports:number")
+    assert "--data own_exports:number returned a int, not batches" in err
+    assert not Path("p.onnx").exists(), "data is read before a long export"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(place))
+        values(capsys, *words, "--out", "~/q.onnx", "--int8", "static", "--data", "own_exports:images")
+    assert (place / "q_int8.onnx").is_file()
 
 
 NET_WORDS = ("own_exports:net", "--input-shape", "1,3,4,4", "--out", "m.onnx")
@@ -150,6 +183,7 @@ NET_WORDS = ("own_exports:net", "--input-shape", "1,3,4,4", "--out", "m.onnx")
         ((*NET_WORDS, "--int8", "dynamic", "--data", "own_exports:images"), "--data goes with --int8 static: dynamic"),
         ((*NET_WORDS, "--int8", "dynamic", "--exclude", "9.*"), "'9.*' matches no weight"),
         (("own_exports:bessel", "--input-shape", "2,4", "--out", "m.onnx"), "uses the operator prims.bessel_j0, which"),
+        (("own_exports:branching", "--input-shape", "2,4", "--out", "m.onnx"), "branches on a tensor's value"),
         ((*NET_WORDS[:-1], "m.json"), "--out m.json must end in"),
         (("none", "--out", "m.onnx"), "none: no such model folder"),
         (("old.onnx", "--out", "m.onnx"), "old.onnx is an exported file: export starts from the model in torch"),

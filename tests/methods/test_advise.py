@@ -113,6 +113,29 @@ def test_every_rule_of_the_tables_is_tested() -> None:
     assert {rule.__name__ for rule in cautions.WARNINGS} == {case[0] for case in CAUTIONS} | {"redundancy"}
 
 
+def test_what_cannot_be_followed_gets_no_advice_that_needs_it() -> None:
+    """No structure to cut; and what the exporter cannot follow has no INT8 file either."""
+    for reason, exports in (("no axis was found", True), ("torch.export cannot trace Net: it branches", False)):
+        found = advise.recommend(changed(CNN, untraced=reason, busy=0.1), wish("mobile"))
+        assert (found.best.rule, found.others) == ("masks_only", ())
+        assert any(" export " in words for words in found.best.commands) == exports
+
+
+def test_onnx_is_timed_in_a_type_that_it_computes_in() -> None:
+    for facts, typed in ((LLM, True), (changed(LLM, dtype="float32"), False)):
+        times = [words for words in advise.recommend(facts, wish("cpu")).best.commands if " bench " in words]
+        assert ["--onnx" in words and "--dtype float32" in words for words in times] == [typed]
+
+
+def test_commands_for_a_result_of_ours_do_not_write_over_it() -> None:
+    found = advise.recommend(changed(LLM, name="out/pruned"), wish("cpu"))
+    words = [shlex.split(command) for command in found.best.commands]
+    assert {w[w.index("--out") + 1] for w in words if "--out" in w} == {
+        f"out/pruned-next/{name}" for name in ("pruned", "pruned-healed", "model.onnx")
+    }
+    assert words[-1][2:5] == ["out/pruned-next/pruned-healed", "--against", "out/pruned"]
+
+
 def test_the_cheapest_kind_is_told_for_each_parameter() -> None:
     probes = (
         Probe("weights", "w", 0.001, 0.5), Probe("ffn", "a", 0.2, 0.1), Probe("ffn", "b", 0.2, 0.1),

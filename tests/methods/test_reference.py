@@ -31,7 +31,6 @@ def scored() -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize(
     ("sizes", "dropped", "params", "expected"),
     [
-        ({"ffn": 384}, (), 2_386_368, 21.24),
         ({"hidden": 168, "ffn": 384}, (), 2_088_072, 46.15),
         ({"heads": 3}, (), 2_607_552, 39.15),
         ({"heads": 4, "kv_groups": 2}, (), 2_607_552, 22.33),

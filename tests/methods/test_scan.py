@@ -375,10 +375,14 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
     more = sensitivity(model, batches, ratios=[0.5, 0.7], measure="loss", partial=partial)
     assert more.cost["resumed"] == whole.cost["measurements"]  # other ratios and measures add to it
-    with pytest.raises(SecateurError, match="another data; delete it"):
+    with pytest.raises(SecateurError, match="whose data differ; delete it"):
         sensitivity(model, batches[:1], partial=partial)
-    with pytest.raises(SecateurError, match="another masks; delete it"):
+    with pytest.raises(SecateurError, match="whose masks differ; delete it"):
         sensitivity(model, batches, masks="wanda", partial=partial)
+    with partial.open("a") as file:
+        file.write('{"key": 3}\n')
+    with pytest.raises(SecateurError, match=r"is damaged, \{'key': 3\} is no measurement; delete it"):
+        sensitivity(model, batches, partial=partial)
     partial.write_text("something else\n")
     with pytest.raises(SecateurError, match="no state of a stopped scan"):
         sensitivity(model, batches, partial=partial)

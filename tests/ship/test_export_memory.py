@@ -8,6 +8,7 @@ from tiny import tiny
 from torch import nn
 
 from secateur.errors import SecateurError
+from secateur.measure import bench_memory
 from secateur.ship import memory
 from secateur.ship.memory import available_memory, check_folder_memory, check_memory
 from secateur.ship.onnx import export_onnx
@@ -41,8 +42,8 @@ def test_a_folder_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (available_memory() or 0) > 1 << 20
-    monkeypatch.setattr(memory, "_GROUP", tmp_path)
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(bench_memory, "_GROUP", tmp_path)
+    monkeypatch.setattr(bench_memory, "_FREE", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:   70 kB\n")
     assert available_memory() == 70 * 1024
     (tmp_path / "memory.max").write_text("max\n")
@@ -50,3 +51,5 @@ def test_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_memory() == 70 * 1024
     (tmp_path / "memory.max").write_text("50000\n")
     assert available_memory() == 49000
+    (tmp_path / "memory.stat").write_text("inactive_file 500\n")
+    assert available_memory() == 49500, "what files are kept in memory is given back when it is needed"

@@ -10,7 +10,16 @@ import pytest
 import torch
 from tiny import VOCAB, logits, random_plan, tiny, tokens
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import secateur
 from secateur.cut import apply
@@ -109,6 +118,44 @@ def test_a_network_of_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = secateur.evaluate(OnnxModel(tmp_path / "cnn.onnx"), [batch], against=model)
     assert found["accuracy"] == found["dense_accuracy"] > 0.8
     assert found["top1"] == 1
+
+
+def test_images_need_no_table_of_tokens(tmp_path: Path) -> None:
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], num_labels=3)
+    report = export_onnx(ResNetForImageClassification(config), None, tmp_path / "cnn.onnx")
+    assert list(report.inputs) == ["pixel_values"]
+    assert report.outputs == {"logits": ["batch", 3]}
+
+
+def test_an_encoder_decoder_without_its_caches(tmp_path: Path) -> None:
+    """Its attention has a bias that learns: with gradients torch would compute it in another way than in the trace."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    report = export_onnx(T5ForConditionalGeneration(T5Config(vocab_size=99, **sizes)), None, tmp_path / "t5.onnx")
+    assert report.inputs["decoder_input_ids"] == ["batch", "decoder_sequence"]
+    assert report.max_rel_error < 1e-5
+
+
+def test_a_mixture_computes_its_experts_in_batches(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "num_local_experts": 3, "max_position_embeddings": 32}
+    model: Any = MixtralForCausalLM(MixtralConfig(vocab_size=99, **sizes, **more))
+    before = model.get_experts_implementation()
+    report = export_onnx(model, None, tmp_path / "moe.onnx")
+    assert report.max_rel_error < 1e-5
+    assert model.get_experts_implementation() == before == {"": "grouped_mm"}
+
+
+class Echo(nn.Module):
+    """Gives back what it got."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x * 2, x
+
+
+def test_an_input_that_comes_back_keeps_its_name(tmp_path: Path) -> None:
+    report = export_onnx(Echo(), torch.randn(2, 6), tmp_path / "echo.onnx")
+    assert report.inputs == {"x": ["batch", 6]}
+    assert report.outputs == {"output_0": ["batch", 6], "output_1": ["batch", 6]}
 
 
 class Mlp(nn.Module):

@@ -19,6 +19,7 @@ from secateur.cli.tables import bytes_text, table
 from secateur.errors import SecateurError
 from secateur.load.batches import Batch, first_samples, is_pair
 from secateur.load.functions import names_function
+from secateur.measure.bench_passes import is_language_model, longest_of
 from secateur.methods.advice import PLACEHOLDERS, Advice, Wish
 from secateur.methods.advise import Recommendation, recommend
 from secateur.methods.facts import Facts, gather
@@ -76,13 +77,12 @@ def run(words: Sequence[str]) -> None:
 
 def _batches(arguments: Arguments, model: nn.Module, tokenizer: Any) -> list[Batch]:
     """A few rows; none for what is no language model where none are given."""
-    writes = bool(getattr(model, "can_generate", lambda: False)())
-    if arguments.data is None and not writes:
+    if arguments.data is None and not is_language_model(model):
         return []
     data = batches_from(arguments.data, "--data")
     if names_function(arguments.data):
         return first_samples(batches_of(model, data, samples=IMAGES), IMAGES)
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or SEQ_LEN
+    longest = longest_of(model) or SEQ_LEN
     return batches_of(
         model, data, tokenizer=tokenizer, samples=SAMPLES, seq_len=min(SEQ_LEN, longest), seed=arguments.common.seed,
         track=arguments.common.track(),

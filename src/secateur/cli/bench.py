@@ -202,12 +202,13 @@ def _load(arguments: Arguments, chosen: Sequence[Entry], opened: Sequence[Opened
             raise SecateurError(f"{first.path}: sizes of its inputs are open: give --input-shape 1,3,32,32")
         return made
     language = is_language_model(first)
-    tokens = getattr(first, "main_input_name", None) == "input_ids" and vocabulary_of(first) is not None
+    config: Any = getattr(first, "config", None)
+    one = not getattr(config, "is_encoder_decoder", False)
+    tokens = one and getattr(first, "main_input_name", None) == "input_ids" and vocabulary_of(first) is not None
     for option in ("seq", "decode"):
         if getattr(arguments, option) is not None and not (tokens if option == "seq" else language):
             raise SecateurError(f"--{option} is for language models, and {chosen[0].name} is a {type(first).__name__}")
-    config: Any = getattr(first, "config", None)
-    if tokens and not getattr(config, "is_encoder_decoder", False):
+    if tokens:
         longest = [n for m in opened if (n := longest_of(m.model)) is not None]
         return token_load(
             vocabulary_of(first) or 1,

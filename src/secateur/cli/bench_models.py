@@ -81,8 +81,9 @@ def entries(models: Sequence[str]) -> list[Entry]:
     """
     if not models:
         raise SecateurError("there is no model to bench: give at least one, as in secateur bench dense pruned")
-    for model in models:
-        if models.count(model) > 1:
+    places = [model if is_constructor(model) else str(Path(model).expanduser().resolve()) for model in models]
+    for model, place in zip(models, places, strict=True):
+        if places.count(place) > 1:
             raise SecateurError(f"{model} is given twice: a model need not be measured against itself")
     return [_entry(model, name) for model, name in zip(models, short_names(models), strict=True)]
 

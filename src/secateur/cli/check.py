@@ -42,6 +42,8 @@ FAILED = 3
 """Exit code where a tolerance is passed."""
 WORST = 10
 """Slices that the table shows; --json lists all."""
+_NAME = 36
+"""Characters of a slice's name in it: a longer one would push the verdict out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,7 +381,8 @@ def _draw_slices(console: Console, found: Verdict, arguments: Arguments) -> None
         value, interval = _shown(worst) if worst is not None else _signed(part.relative, ".2f", 100, "%")
         verdict = part.verdict.upper() if part.verdict == "fail" else part.verdict if part.checks else ""
         losses = f"{part.dense_loss:.3f} -> {part.loss:.3f}"
-        lines.append((part.name, f"{part.rows:,}", losses, _measure(worst), value, interval, verdict))
+        name = part.name if len(part.name) <= _NAME else f"{part.name[: _NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
+        lines.append((name, f"{part.rows:,}", losses, _measure(worst), value, interval, verdict))
     left = len(found.slices) - len(shown)
     if left:
         lines.append((f"... and {left} more (--json lists all)", *[""] * 6))

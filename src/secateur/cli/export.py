@@ -16,6 +16,7 @@ from secateur.cli.models import Making, batches_from, check_sources, inputs_of, 
 from secateur.cli.options import Common, Group, parse
 from secateur.cli.tables import bytes_text, table
 from secateur.errors import SecateurError
+from secateur.load.batches import Batch
 from secateur.load.functions import is_constructor
 from secateur.load.place import find_dtype
 from secateur.methods.verbs import batches_of
@@ -106,9 +107,10 @@ def run(words: Sequence[str]) -> None:
         notes.append("the weights are bfloat16, which CPUs hardly compute in: they are exported in float32")
     example = _example(model, arguments)
     values: dict[str, Any] = {"format": FORMAT, "kind": "export", "secateur": importlib.metadata.version("secateur")}
+    rows = _calibration(model, tokenizer, arguments)  # first: what is wrong with it shows before a long export
     values |= {"model": arguments.model, "to": arguments.format, "export": _export(model, example, arguments)}
     if arguments.quantizing.int8 is not None:
-        values["int8"] = _quantize(model, tokenizer, arguments)
+        values["int8"] = _quantize(rows, arguments)
     findings = shape_advice(model)
     values |= {"shapes": [dataclasses.asdict(finding) for finding in findings], "notes": notes}
     common.show(values, lambda console: _draw(console, values, findings))
@@ -199,8 +201,12 @@ def _example(model: nn.Module, arguments: Arguments) -> Any:
         return None
     longest = getattr(model.config, "max_position_embeddings", None)
     length = sizes.seq_len or min(SEQ_LEN, longest or SEQ_LEN)
+    if isinstance(longest, int) and length > longest:
+        raise SecateurError(f"--seq-len {length}: {arguments.model} takes at most {longest} tokens")
     place = next(p.device for p in model.parameters())
-    return {"input_ids": torch.ones(sizes.batch or 1, length, dtype=torch.int64, device=place)}
+    ids = torch.ones(sizes.batch or 1, length, dtype=torch.int64, device=place)
+    two = getattr(model.config, "is_encoder_decoder", False)
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if two else {})}
 
 
 def _export(model: nn.Module, example: Any, arguments: Arguments) -> dict[str, Any]:
@@ -240,36 +246,44 @@ def _int8_file(out: Path) -> Path:
     return out.with_name(f"{out.stem}_int8.onnx")
 
 
-def _quantize(model: nn.Module, tokenizer: Any, arguments: Arguments) -> dict[str, Any]:
-    from secateur.ship.quantize import quantize_onnx
-
+def _calibration(model: nn.Module, tokenizer: Any, arguments: Arguments) -> list[Batch] | None:
+    """Batches of --data; None where there is none."""
     chosen, common, sizes = arguments.quantizing, arguments.common, arguments.sizes
-    rows = None
-    if chosen.data is not None:
-        rows = batches_of(
-            model,
-            batches_from(chosen.data, "--data"),
-            tokenizer=tokenizer,
-            samples=chosen.samples,
-            seq_len=sizes.seq_len or (SEQ_LEN if sizes.fixed else None),
-            batch_size=(sizes.batch or 1) if sizes.fixed else 8,
-            text_field=chosen.text_field,
-            split=chosen.split,
-            seed=common.seed,
-            track=common.track(),
-        )
-    told = quantize_onnx(
-        arguments.out,
-        _int8_file(arguments.out),
-        mode=str(chosen.int8),
-        calibration=rows,
-        ranges=chosen.ranges,
+    if chosen.data is None:
+        return None
+    return batches_of(
+        model,
+        batches_from(chosen.data, "--data"),
+        tokenizer=tokenizer,
         samples=chosen.samples,
-        reduce_range=chosen.reduce_range,
-        exclude=chosen.exclude,
-        overwrite=arguments.overwrite,
+        seq_len=sizes.seq_len or (SEQ_LEN if sizes.fixed else None),
+        batch_size=(sizes.batch or 1) if sizes.fixed else 8,
+        text_field=chosen.text_field,
+        split=chosen.split,
+        seed=common.seed,
         track=common.track(),
     )
+
+
+def _quantize(rows: list[Batch] | None, arguments: Arguments) -> dict[str, Any]:
+    from secateur.ship.quantize import quantize_onnx
+
+    chosen, common = arguments.quantizing, arguments.common
+    try:
+        told = quantize_onnx(
+            arguments.out,
+            _int8_file(arguments.out),
+            mode=str(chosen.int8),
+            calibration=rows,
+            ranges=chosen.ranges,
+            samples=chosen.samples,
+            reduce_range=chosen.reduce_range,
+            exclude=chosen.exclude,
+            overwrite=arguments.overwrite,
+            track=common.track(),
+        )
+    except SecateurError as error:
+        raise SecateurError(f"{error}; there is no INT8 file, the float file {arguments.out} is whole") from error
     return dataclasses.asdict(told)
 
 

@@ -98,7 +98,7 @@ def _draw(console: Console, values: dict[str, Any], arguments: Arguments) -> Non
         rows = [(a["name"], a["kind"], str(a["size"]), str(a["groups"]), str(a["tensors"])) for a in values["axes"]]
         table(console, "Axes", ("axis", "kind", "units", "groups", "slices"), rows)
     if values["frozen"]:
-        console.print("[bold]Frozen[/bold]")
+        console.print("Frozen", style="bold")
         for reason, places in values["frozen"].items():
             more = f" and {len(places) - 1} more" if len(places) > 1 else ""
             console.print(f"  {places[0]}{more}: {reason}", markup=False)

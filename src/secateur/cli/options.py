@@ -44,9 +44,9 @@ class Common:
 
     def show(self, values: Mapping[str, Any], draw: Callable[[Console], None]) -> None:
         """Print the result: JSON, or what `draw` draws."""
-        console = Console(highlight=False, emoji=False)
+        console = Console(highlight=False, emoji=False, markup=False)  # names of the user's may hold [brackets]
         if not console.is_terminal:
-            console = Console(highlight=False, emoji=False, width=120)
+            console = Console(highlight=False, emoji=False, markup=False, width=120)
         if self.json:
             console.print_json(json.dumps(json_values(values), allow_nan=False))
         else:

@@ -13,6 +13,8 @@ from secateur.load.data import Tokenizer, encoded, pack, read_records, text_of, 
 
 CLASS = "class"
 """What `by` says for the true classes of a classifier's samples."""
+_COLUMNS = ("input_ids", "pixel_values", "labels")
+"""Of a batch: a mapping with tensors under these names is no mapping of slices."""
 By = str | Callable[[Batch], Any] | None
 """A column, `CLASS`, a function batch -> one label for each row; None = the data says it itself, or is not sliced."""
 
@@ -113,7 +115,14 @@ def sliced(data: Any, by: By, samples: int | None = None) -> Sliced:
     Raises:
         SecateurError: where there is no such column, no row, or not one label for each row.
     """
+    if samples is not None and samples < 1:
+        raise SecateurError(f"samples must be at least 1, not {samples}")
     if isinstance(data, Mapping):
+        columns = [name for name in _COLUMNS if isinstance(data.get(name), torch.Tensor)]
+        if columns:
+            raise SecateurError(
+                f"the data is one batch (it has {columns[0]}), and would be taken for slices: return a list of batches"
+            )
         if by is not None:
             raise SecateurError("the data is sliced already, as a mapping of slices: leave out --by")
         batches: list[Batch] = []

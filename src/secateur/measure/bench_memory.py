@@ -79,6 +79,8 @@ def available(device: torch.device) -> int | None:
     if device.type != "cpu" or not _FREE.is_file():
         return None
     lines = dict(line.split(":", 1) for line in _FREE.read_text(encoding="utf-8").splitlines() if ":" in line)
+    if "MemAvailable" not in lines:
+        return None
     free = int(lines["MemAvailable"].split()[0]) * 1024
     limit, used = _GROUP / "memory.max", _GROUP / "memory.current"
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdecimal():

@@ -188,7 +188,7 @@ def file_load(path: Path, model: FileModel, *, batch: int | None, seq: int | Non
         decode: tokens generated.
 
     Raises:
-        SecateurError: for a batch that the file has not.
+        SecateurError: for sizes that the file has not.
     """
     ids = next((port for port in model.inputs if port.name == "input_ids"), None)
     if ids is not None:
@@ -197,8 +197,16 @@ def file_load(path: Path, model: FileModel, *, batch: int | None, seq: int | Non
         if vocabulary is None:
             raise SecateurError(f"{path}: does not say how many tokens it knows: bench it beside its torch model")
         cached = any(port.name.startswith(f"{PAST}.") for port in model.inputs)
+        if decode and not cached:
+            raise SecateurError(f"--decode {decode}: {path} has no key/value cache to decode with")
+        for option, own, asked in (("batch", rows, batch), ("seq", length, seq)):
+            if isinstance(own, int) and asked not in (None, own):
+                raise SecateurError(f"--{option} {asked}: {path} takes {own} alone")
         fixed = rows if isinstance(rows, int) else batch, length if isinstance(length, int) else seq
         return token_load(vocabulary, batch=fixed[0], seq=fixed[1], decode=decode if cached else 0)
+    for option, asked in (("seq", seq), ("decode", decode)):
+        if asked is not None:
+            raise SecateurError(f"--{option} is for language models, and {path} takes no token ids")
     inputs = {}
     for port in model.inputs:
         shape = [batch or 1 if i == 0 and not isinstance(n, int) else n for i, n in enumerate(port.shape)]

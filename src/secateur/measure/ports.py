@@ -58,7 +58,7 @@ class FileModel(nn.Module):
     def __init__(self, path: str | Path, threads: int | None) -> None:
         """Check that there is such a file, and how many threads it may have; None = as many as torch uses now."""
         super().__init__()
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         if not self.path.is_file():
             raise SecateurError(f"{path}: there is no such file")
         self.threads = torch.get_num_threads() if threads is None else threads

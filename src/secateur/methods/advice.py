@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from secateur.choose.budget import Budget
 from secateur.methods.facts import Facts
@@ -87,6 +88,11 @@ def command(*words: str | None) -> str:
     return "secateur " + shlex.join(word for word in words if word is not None)
 
 
+def out(facts: Facts, name: str) -> str:
+    """Where a command writes: never where the model itself is, which may be a result of ours."""
+    return f"{facts.name}-next/{name}" if Path(facts.name).parts[:1] == ("out",) else f"out/{name}"
+
+
 def prune_command(facts: Facts, wish: Wish, out: str, *words: str) -> str:
     """Prune the model to `out`."""
     data = wish.data or _placeholder(facts)
@@ -116,8 +122,10 @@ def check_command(facts: Facts, wish: Wish, model: str) -> str:
 
 
 def bench_command(facts: Facts, wish: Wish, *models: str) -> str:
-    """Time models beside the dense one."""
-    return command("bench", facts.name, *models, *wish.inputs, "--onnx" if wish.target in ("cpu", "mobile") else None)
+    """Time models beside the dense one, all in a type that ONNX Runtime computes in."""
+    onnx = ["--onnx"] if wish.target in ("cpu", "mobile") else []
+    dtype = ["--dtype", "float32"] if onnx and facts.dtype == "bfloat16" else []
+    return command("bench", facts.name, *models, *wish.inputs, *onnx, *dtype)
 
 
 def _placeholder(facts: Facts) -> str:

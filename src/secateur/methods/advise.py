@@ -30,12 +30,14 @@ from secateur.methods.advice import (
     command,
     distil_command,
     int8_command,
+    out,
     percent,
     prune_command,
     two_four_pays,
 )
 from secateur.methods.cautions import WARNINGS
 from secateur.methods.facts import Facts
+from secateur.space.trace import CANNOT_TRACE
 
 Rule = Callable[[Facts, Wish], Advice | None]
 
@@ -64,6 +66,8 @@ def recommend(facts: Facts, wish: Wish) -> Recommendation:
     if wish.target not in TARGETS:
         raise SecateurError(f"there is no target {wish.target!r}{nearest(wish.target, TARGETS)}")
     ways = [found for rule in STRATEGIES if (found := rule(facts, wish)) is not None]
+    if facts.untraced is not None:
+        ways = [way for way in ways if way.rule.startswith("masks")]
     told = [found for rule in WARNINGS if (found := rule(facts, wish)) is not None]
     # The last rule is for what no other structural one is made for.
     others = [way for way in ways[1:3] if way.rule != "structure" or ways[0].rule not in _STRUCTURAL]
@@ -84,7 +88,10 @@ def quantise_alone(facts: Facts, wish: Wish) -> Advice | None:
         f"Do not prune: INT8 alone comes to about {percent(int8)} of the bytes, and {percent(share)} are allowed.",
         f"8 bits for each weight lose far less than weights that are gone.{cache}{_elsewhere(wish)}",
         f"{QUANTISED}; {PRUNED}",
-        (int8_command(facts, wish, facts.name, "out/model.onnx"), check_command(facts, wish, "out/model_int8.onnx")),
+        (
+            int8_command(facts, wish, facts.name, out(facts, "model.onnx")),
+            check_command(facts, wish, out(facts, "model_int8.onnx")),
+        ),
     )
 
 
@@ -105,16 +112,16 @@ def prune_then_int8(facts: Facts, wish: Wish) -> Advice | None:
             prune_command(
                 facts,
                 wish,
-                "out/pruned",
+                out(facts, "pruned"),
                 "--method",
                 "search",
                 "--budget",
                 f"params={percent(left)}",
                 *adapt_words(facts),
             ),
-            distil_command(facts, wish, "out/pruned"),
-            int8_command(facts, wish, "out/pruned-healed", "out/model.onnx"),
-            check_command(facts, wish, "out/model_int8.onnx"),
+            distil_command(facts, wish, out(facts, "pruned")),
+            int8_command(facts, wish, out(facts, "pruned-healed"), out(facts, "model.onnx")),
+            check_command(facts, wish, out(facts, "model_int8.onnx")),
         ),
     )
 
@@ -139,7 +146,7 @@ def leave_it(facts: Facts, wish: Wish) -> Advice | None:
         "smaller: say so with --budget.",
         f"measured: {percent(facts.busy or 0)} of {1e3 * (facts.seconds or 0):.2f} ms ({facts.passed}) is in products",
         (
-            *([int8_command(facts, wish, facts.name, "out/model.onnx")] if wish.target != "gpu" else []),
+            *([int8_command(facts, wish, facts.name, out(facts, "model.onnx"))] if wish.target != "gpu" else []),
             bench_command(facts, wish),
         ),
     )
@@ -157,8 +164,8 @@ def train_smaller(facts: Facts, wish: Wish) -> Advice | None:
         "train on, cut and distil for long: it still begins far ahead of random weights.",
         f"loss grows fast: {PRUNED}, {DEEPER}; below {percent(TOO_SMALL)} we have not measured",
         (
-            prune_command(facts, wish, "out/pruned", "--method", "search", *budget_words(wish, "params=30%")),
-            distil_command(facts, wish, "out/pruned"),
+            prune_command(facts, wish, out(facts, "pruned"), "--method", "search", *budget_words(wish, "params=30%")),
+            distil_command(facts, wish, out(facts, "pruned")),
         ),
     )
 
@@ -174,10 +181,10 @@ def masks_for_gpu(facts: Facts, wish: Wish) -> Advice | None:
         f"compute capability {facts.machine.capability}; alps at 2:4 lost 27% of perplexity untrained (15.99 -> 20.25, "
         "docs/sparsity.md)",
         (
-            prune_command(facts, wish, "out/2-4", "--method", "alps", "--budget", "n:m=2:4"),
-            distil_command(facts, wish, "out/2-4"),
-            command("export", "out/2-4-healed", "--format", "semi-structured", "--out", "out/packed.json",
-                     "--device", "cuda", "--dtype", "float16"),
+            prune_command(facts, wish, out(facts, "2-4"), "--method", "alps", "--budget", "n:m=2:4"),
+            distil_command(facts, wish, out(facts, "2-4")),
+            command("export", out(facts, "2-4-healed"), "--format", "semi-structured", "--device", "cuda", "--dtype",
+                    "float16", "--out", out(facts, "packed.json")),
         ),
     )  # fmt: skip
 
@@ -192,8 +199,8 @@ def masks_for_size(facts: Facts, wish: Wish) -> Advice | None:
         "Kernels multiply zeros like other numbers. For speed remove structure in place of single weights.",
         ZEROS,
         (
-            prune_command(facts, wish, "out/masked", "--method", "alps", "--budget", *_zeros_words(wish)),
-            command("stats", "out/masked", "--gzip"),
+            prune_command(facts, wish, out(facts, "masked"), "--method", "alps", "--budget", *_zeros_words(wish)),
+            command("stats", out(facts, "masked"), "--gzip"),
         ),
     )
 
@@ -202,14 +209,16 @@ def masks_only(facts: Facts, wish: Wish) -> Advice | None:
     """A model that cannot be traced."""
     if facts.untraced is None:
         return None
+    hidden = facts.untraced.startswith(CANNOT_TRACE)  # from the exporter too
+    first = "Make it traceable: exporting, INT8 and cuts all need that." if hidden else "Quantise it."
     return Advice(
         "masks_only",
-        "Quantise it. Of pruning there are masks alone: no structure of this model can be cut.",
+        f"{first} Of pruning there are masks alone: no structure of this model can be cut.",
         f"Its structure cannot be followed: {facts.untraced[:300]}",
         ZEROS,
         (
-            int8_command(facts, wish, facts.name, "out/model.onnx"),
-            prune_command(facts, wish, "out/masked", "--method", "alps", "--budget", "sparsity=50%"),
+            *([] if hidden else [int8_command(facts, wish, facts.name, out(facts, "model.onnx"))]),
+            prune_command(facts, wish, out(facts, "masked"), "--method", "alps", "--budget", "sparsity=50%"),
         ),
     )
 
@@ -225,10 +234,16 @@ def to_latency(facts: Facts, wish: Wish) -> Advice | None:
         "predicted against measured: within 5%, on a busier machine within 8% (docs/latency.md)",
         (
             prune_command(
-                facts, wish, "out/pruned", "--method", "search", *budget_words(wish, "latency=70%"), *adapt_words(facts)
+                facts,
+                wish,
+                out(facts, "pruned"),
+                "--method",
+                "search",
+                *budget_words(wish, "latency=70%"),
+                *adapt_words(facts),
             ),
-            distil_command(facts, wish, "out/pruned"),
-            bench_command(facts, wish, "out/pruned-healed"),
+            distil_command(facts, wish, out(facts, "pruned")),
+            bench_command(facts, wish, out(facts, "pruned-healed")),
         ),
     )
 
@@ -246,10 +261,17 @@ def experts(facts: Facts, wish: Wish) -> Advice | None:
         "REAP, Lasby et al. 2025 (docs/minitron.md); not measured by us on a model of size",
         (
             prune_command(
-                facts, wish, "out/pruned", "--method", "minitron", *budget_words(wish, "params=75%"), "--skip", *others
+                facts,
+                wish,
+                out(facts, "pruned"),
+                "--method",
+                "minitron",
+                *budget_words(wish, "params=75%"),
+                "--skip",
+                *others,
             ),
-            distil_command(facts, wish, "out/pruned"),
-            check_command(facts, wish, "out/pruned-healed"),
+            distil_command(facts, wish, out(facts, "pruned")),
+            check_command(facts, wish, out(facts, "pruned-healed")),
         ),
     )
 
@@ -259,16 +281,23 @@ def convolutions(facts: Facts, wish: Wish) -> Advice | None:
     if facts.language or facts.shares.get("convolutions", 0) <= 0.5:
         return None
     small = wish.target == "mobile" or (wish.target == "cpu" and bool(facts.machine.int8))
-    last = int8_command(facts, wish, "out/pruned-healed", "out/model.onnx") if small else None
+    last = int8_command(facts, wish, out(facts, "pruned-healed"), out(facts, "model.onnx")) if small else None
     commands = [
         prune_command(
-            facts, wish, "out/pruned", "--method", "search", *budget_words(wish, "macs=50%"), "--round-to", "16",
+            facts,
+            wish,
+            out(facts, "pruned"),
+            "--method",
+            "search",
+            *budget_words(wish, "macs=50%"),
+            "--round-to",
+            "16",
             *adapt_words(facts),
         ),
-        distil_command(facts, wish, "out/pruned"),
+        distil_command(facts, wish, out(facts, "pruned")),
         *([last] if last else []),
-        bench_command(facts, wish, "out/pruned-healed"),
-        check_command(facts, wish, "out/pruned-healed"),
+        bench_command(facts, wish, out(facts, "pruned-healed")),
+        check_command(facts, wish, out(facts, "pruned-healed")),
     ]
     return Advice(
         "convolutions",
@@ -293,10 +322,10 @@ def serve(facts: Facts, wish: Wish) -> Advice | None:
         "vLLM, TensorRT-LLM and llama.cpp load uniform sizes alone.",
         f"{QUANTISED}; uniform search at 70% lost 27% before training, free sizes 16% (20.26, 18.56; README)",
         (
-            prune_command(facts, wish, "out/pruned", "--method", "search", *budget_words(wish, "params=70%")),
-            distil_command(facts, wish, "out/pruned"),
-            bench_command(facts, wish, "out/pruned-healed"),
-            check_command(facts, wish, "out/pruned-healed"),
+            prune_command(facts, wish, out(facts, "pruned"), "--method", "search", *budget_words(wish, "params=70%")),
+            distil_command(facts, wish, out(facts, "pruned")),
+            bench_command(facts, wish, out(facts, "pruned-healed")),
+            check_command(facts, wish, out(facts, "pruned-healed")),
         ),
     )
 
@@ -310,17 +339,17 @@ def structure(facts: Facts, wish: Wish) -> Advice | None:
         prune_command(
             facts,
             wish,
-            "out/pruned",
+            out(facts, "pruned"),
             "--method",
             "search",
             *budget_words(wish, "params=70%"),
             *sizes,
             *adapt_words(facts),
         ),
-        distil_command(facts, wish, "out/pruned"),
-        *([int8_command(facts, wish, "out/pruned-healed", "out/model.onnx")] if small else []),
-        bench_command(facts, wish, "out/pruned-healed"),
-        check_command(facts, wish, "out/pruned-healed"),
+        distil_command(facts, wish, out(facts, "pruned")),
+        *([int8_command(facts, wish, out(facts, "pruned-healed"), out(facts, "model.onnx"))] if small else []),
+        bench_command(facts, wish, out(facts, "pruned-healed")),
+        check_command(facts, wish, out(facts, "pruned-healed")),
     ]
     return Advice(
         "structure",

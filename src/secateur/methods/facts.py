@@ -22,6 +22,7 @@ from secateur.cut.pretend import Pretence
 from secateur.cut.prove import discover
 from secateur.errors import SecateurError
 from secateur.load.batches import Batch
+from secateur.measure.bench_passes import is_language_model, longest_of, vocabulary_of
 from secateur.measure.closeness import Closeness
 from secateur.measure.latency import device_of, forward
 from secateur.progress import Track, quiet
@@ -204,7 +205,7 @@ def gather(
     probes, measure = _probes(model, space, inputs, weights, batches, begin + seconds, track)
     return Facts(
         name=name,
-        language=_writes(model),
+        language=is_language_model(model),
         params=total,
         bytes=sum(p.numel() * p.element_size() for p in parameters),
         dtype=str(max(types, key=lambda kind: types[kind])).removeprefix("torch."),
@@ -239,13 +240,6 @@ def _space(model: nn.Module, inputs: Inputs) -> tuple[Space | None, str | None]:
         first = next((frozen.reason for frozen in space.frozen), "no axis was found")
         return None, first
     return space, None
-
-
-def _writes(model: nn.Module) -> bool:
-    """Whether it is a causal language model of Hugging Face."""
-    can: Any = getattr(model, "can_generate", None)
-    config: Any = getattr(model, "config", None)
-    return bool(can is not None and can()) and not getattr(config, "is_encoder_decoder", False)
 
 
 def _shares(model: nn.Module, space: Space | None) -> dict[str, float]:
@@ -322,11 +316,10 @@ def _spread(model: nn.Module, weights: Sequence[Weight]) -> float | None:
 
 def _timed_inputs(model: nn.Module, inputs: Inputs) -> Any:
     """128 tokens of a language model; of others what is given, or what they are traced with."""
-    config: Any = getattr(model, "config", None)
-    if inputs is not None or not _writes(model):
+    if inputs is not None or not is_language_model(model):
         return inputs
-    longest = getattr(config, "max_position_embeddings", None) or 128
-    return torch.full((1, min(128, longest)), 3, dtype=torch.int64) % int(config.vocab_size)
+    length = min(128, longest_of(model) or 128)
+    return torch.full((1, length), 3, dtype=torch.int64) % (vocabulary_of(model) or 1)
 
 
 def _shape_text(inputs: Any) -> str:

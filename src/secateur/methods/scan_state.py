@@ -74,9 +74,11 @@ class State:
         if entries and entries[0] != header:
             differ = [k for k in header if k != "key" and entries[0].get(k) != header[k]]
             raise SecateurError(
-                f"{path}: was left by a scan with another {' and '.join(differ)}; delete it, or run that scan again"
+                f"{path}: was left by a scan whose {' and '.join(differ)} differ; delete it, or run that scan again"
             )
         for entry in entries[1:]:
+            if not entry.keys() >= {"key", "values", "passes", "seconds"}:
+                raise SecateurError(f"{path}: is damaged, {entry} is no measurement; delete it")
             self.found[entry["key"]] = entry["values"]
             self.passes[entry["key"]] = entry["passes"]
             self.seconds += entry["seconds"]

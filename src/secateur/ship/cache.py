@@ -13,7 +13,7 @@ from secateur.load.mode import evaluating
 from secateur.measure.onnx_cache import OnnxGenerator
 from secateur.measure.ports import PAST, PRESENT, positions_of
 from secateur.progress import Track
-from secateur.ship.example import Example, Open, calling, without_cache
+from secateur.ship.example import Example, Open, batched_experts, calling, without_cache
 from secateur.ship.graph import to_onnx
 from secateur.ship.proof import Agreement
 from secateur.space.trace import export
@@ -56,7 +56,7 @@ def convert_cached(given: Example, generator: torch.Generator) -> torch.onnx.ONN
     shapes["attention_mask"] = {0: rows, 1: Dim.DYNAMIC}
     shapes["past_key_values"] = [({0: rows, 2: kept}, {0: rows, 2: kept}) for _ in past]
     try:
-        with calling(model, _stepping(model, list(inputs))):
+        with batched_experts(model), calling(model, _stepping(model, list(inputs))):
             program, _ = export(model, {**inputs, "past_key_values": past}, sources=False, dynamic_shapes=shapes)
     except SecateurError as error:
         raise SecateurError(f"{error}; {_AWAY}") from error

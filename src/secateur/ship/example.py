@@ -77,15 +77,14 @@ class Example:
     def fresh(self, sizes: Mapping[str, int], generator: torch.Generator) -> Tensors:
         """Random inputs like the example: any tokens, masks that end anywhere, floats of its mean and spread."""
         found = {}
-        model: Any = self.model
-        embedding = getattr(model, "get_input_embeddings", lambda: None)() if hasattr(model, "config") else None
         for name, value in self.tensors.items():
             shape = list(value.shape)
             for dim, label in self.opened.get(name, {}).items():
                 shape[dim] = sizes[label]
             own = value.detach().cpu()
-            if name.endswith("input_ids") and isinstance(embedding, nn.Embedding):
-                made = torch.randint(embedding.num_embeddings, shape, generator=generator)
+            table = _embedding(self.model) if name.endswith("input_ids") else None
+            if table is not None:
+                made = torch.randint(table.num_embeddings, shape, generator=generator)
             elif name.endswith("attention_mask") and len(shape) == 2:
                 ends = torch.randint(1, shape[1] + 1, (shape[0],), generator=generator)
                 ends[0] = shape[1]
@@ -132,7 +131,7 @@ def check_weights(model: nn.Module, runtime: str = "ONNX Runtime", *, narrow: bo
         if tensor.dtype == torch.bfloat16 and not narrow:
             raise SecateurError(
                 f"{type(model).__name__}: {name} is bfloat16, which {runtime} runs hardly anything in; export "
-                "model.float()"
+                "model.float() (--dtype float32)"
             )
 
 
@@ -157,6 +156,24 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def batched_experts(model: nn.Module) -> Iterator[None]:
+    """Let a mixture of experts of transformers compute by products of batches, for a while.
+
+    Its grouped products, the default, have no form in ONNX.
+    """
+    told: Any = model
+    before = told.get_experts_implementation() if hasattr(model, "get_experts_implementation") else {}
+    if "grouped_mm" not in before.values():
+        yield
+        return
+    told.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        told.set_experts_implementation(before)
+
+
+@contextmanager
 def calling(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let `forward` be what a model does when it is called, for a while: its tensors keep their names in a trace."""
     own = vars(model).get("forward")
@@ -168,6 +185,14 @@ def calling(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del vars(model)["forward"]
         else:
             vars(model)["forward"] = own
+
+
+def _embedding(model: Any) -> nn.Embedding | None:
+    """The table that token ids of a Hugging Face model are looked up in; those without token ids may have none."""
+    found = (
+        model.get_input_embeddings() if hasattr(model, "config") and hasattr(model, "get_input_embeddings") else None
+    )
+    return found if isinstance(found, nn.Embedding) else None
 
 
 def _spread(values: torch.Tensor) -> tuple[float, float]:

@@ -14,12 +14,11 @@ from torch.utils import _pytree as pytree
 from secateur.errors import SecateurError
 from secateur.ship import files
 from secateur.ship.example import Open
+from secateur.space.trace import without_stacks
 
 if TYPE_CHECKING:
     from onnx_ir import Model
     from torch.onnx import ONNXProgram
-
-EXPERTS = ', or ask a mixture for model.set_experts_implementation("batched_mm")'
 
 
 def to_onnx(
@@ -45,7 +44,8 @@ def to_onnx(
     silenced = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch tells of every package that it does not find
     try:
-        with warnings.catch_warnings():
+        # No gradients, as in the trace: attention with a bias that learns would take another way, of other strides.
+        with warnings.catch_warnings(), without_stacks(), torch.no_grad():
             warnings.simplefilter("ignore")
             found = torch.onnx.export(
                 program,
@@ -61,8 +61,13 @@ def to_onnx(
         logging.disable(silenced)
     if found is None:
         raise SecateurError(f"torch.onnx.export made nothing of {type(model).__name__}")
+    own = set(program.graph_signature.user_inputs)
+    taken = {value.name for value in found.model.graph.outputs}
     names = {}
     for value in found.model.graph.inputs:
+        name = (value.name or "").removesuffix("_orig")  # what the exporter calls an input that is an output too
+        if value.name not in own and name in own - taken:
+            value.name = name
         for dim, label in opened.get(value.name or "", {}).items():
             names[str(value.shape[dim])] = label  # type: ignore[index]
     found.rename_axes(names)  # type: ignore[arg-type]
@@ -93,7 +98,7 @@ def _explained(model: nn.Module, error: BaseException) -> str:
         operator = text.partition("op='")[2].partition("'")[0]
         return (
             f"{type(model).__name__} uses the operator {operator}, which has no form in ONNX: replace it in the "
-            f"model's code by others{EXPERTS if 'grouped_mm' in operator else ''}"
+            f"model's code by others"
         )
     return f"{type(model).__name__} cannot be converted to ONNX: {type(deepest).__name__}: {text[:300]}"
 

@@ -1,18 +1,14 @@
 """Whether a model fits into the memory that is free, before an hour is lost on it."""
 
-import os
-from pathlib import Path
-
 import torch
 from torch import nn
 
 from secateur.errors import SecateurError
 from secateur.load.model import find_source
+from secateur.measure.bench_memory import available
 
 COPIES = 3
 """Weights in memory at once while a model is exported: the model's, the graph's, the runtime's that checks it."""
-_MEMINFO = Path("/proc/meminfo")
-_GROUP = Path("/sys/fs/cgroup")
 
 
 def check_memory(model: nn.Module, what: str) -> None:
@@ -56,19 +52,7 @@ def _check(name: str, weights: int, copies: int, what: str) -> None:
 
 def available_memory() -> int | None:
     """Bytes of memory that are free for this process; None where the system does not say."""
-    found = []
-    if _MEMINFO.is_file():
-        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text(encoding="utf-8").splitlines() if ":" in line)
-        if "MemAvailable" in lines:
-            found.append(1024 * int(lines["MemAvailable"].split()[0]))
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    limit, used = _GROUP / "memory.max", _GROUP / "memory.current"
-    if limit.is_file() and used.is_file():  # a container
-        text = limit.read_text(encoding="utf-8").strip()
-        if text.isdecimal():
-            found.append(max(0, int(text) - int(used.read_text(encoding="utf-8"))))
-    return min(found, default=None)
+    return available(torch.device("cpu"))
 
 
 def _gib(count: float) -> str:

@@ -12,7 +12,7 @@ from secateur.measure.onnx import OnnxModel, require_onnx
 from secateur.measure.ports import FileModel
 from secateur.progress import Track, quiet
 from secateur.ship.cache import check_steps, convert_cached
-from secateur.ship.example import Example, Open, Tensors, check_weights, without_cache
+from secateur.ship.example import Example, Open, Tensors, batched_experts, check_weights, without_cache
 from secateur.ship.files import bytes_of, check_file, whole_files
 from secateur.ship.graph import save_graph, to_onnx
 from secateur.ship.memory import check_memory
@@ -121,7 +121,7 @@ def export_onnx(
 def converted(given: Example, generator: torch.Generator) -> torch.onnx.ONNXProgram:
     """The model without a cache as an ONNX program."""
     traced = given.traced(generator)
-    with without_cache(given.model):
+    with without_cache(given.model), batched_experts(given.model):
         program, _ = export(
             given.model, {**traced.tensors, **traced.constants}, sources=False, dynamic_shapes=given.shapes()
         )

@@ -99,7 +99,7 @@ def quantize_onnx(
             calibration data; nothing can be quantised in this mode; ONNX Runtime cannot read or run a file.
     """
     require_onnx("quantising an ONNX file")
-    source = Path(path)
+    source = Path(path).expanduser()
     _check_options(mode, calibration is not None, ranges, samples)
     target = check_file(Path(out), overwrite=overwrite)
     if target == source.resolve():

@@ -1,10 +1,11 @@
 """Export a model to an ATen graph on fake tensors: no weight is read, no memory is taken for it."""
 
+import io
 import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from secateur.space.inputs import example_inputs
 from secateur.space.products import plain_attention
 from secateur.space.provenance import Recorder, holders, tagging
 
+CANNOT_TRACE = "torch.export cannot trace"
+"""What the message begins with where the forward pass of a model cannot be followed."""
 _TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 Inputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | None
 """Arguments of a forward pass: by name, by place, or one tensor; None where a Hugging Face model has its own."""
@@ -104,8 +107,9 @@ def export(
             evaluating(model),
             _untouched(model),
             plain_attention(),
-            _without_stacks(),
+            without_stacks(),
             warnings.catch_warnings(),
+            redirect_stderr(io.StringIO()),
             torch.no_grad(),
         ):
             warnings.simplefilter("ignore")
@@ -118,7 +122,7 @@ def export(
 
 
 @contextmanager
-def _without_stacks() -> Iterator[None]:
+def without_stacks() -> Iterator[None]:
     """Nodes that do not keep the stack of Python's calls, which nobody asks for: a quarter of the time."""
     before = fx_config.do_not_emit_stack_traces
     fx_config.do_not_emit_stack_traces = True
@@ -140,7 +144,8 @@ _ADVICE = (
     ("channels, but got", "the inputs do not fit the model: pass `inputs` of the shapes that it takes"),
     (
         "Constraints violated",
-        "the model takes one size only where another was left open: name what may vary, or nothing",
+        "the model takes one size only where another was left open: name what may vary, or nothing (dynamic=False, "
+        "--fixed)",
     ),
     ("argument", "the inputs do not fit the forward pass: pass `inputs` with the arguments that it takes"),
     ("size of tensor", "the inputs do not fit the model: pass `inputs` of the shapes that it takes"),
@@ -154,4 +159,4 @@ def _explained(model: nn.Module, error: BaseException) -> str:
     own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, _HERE, "<"))]
     where = f" at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
     advice = next((advice for sign, advice in _ADVICE if sign in f"{type(error).__name__} {error}"), None)
-    return f"torch.export cannot trace {type(model).__name__}{where}: {text}{'; ' + advice if advice else ''}"
+    return f"{CANNOT_TRACE} {type(model).__name__}{where}: {text}{'; ' + advice if advice else ''}"
