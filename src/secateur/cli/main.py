@@ -33,7 +33,6 @@ VERBS = {
 """Command -> what it does; its module in this folder has its name, and a function run(words)."""
 
 
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
