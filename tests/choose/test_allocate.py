@@ -106,6 +106,7 @@ def test_tables_that_say_too_little(losses: dict[str, Any], message: str) -> Non
 def test_reading(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"layers.0": 0.2}))
     (tmp_path / "bad.json").write_text("[1]")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
     assert read_allocation("owl") == "owl"
     assert read_allocation({"a": 0.1}) == {"a": 0.1}
     assert read_allocation('{"a": 0.1}') == {"a": 0.1}
@@ -115,6 +116,10 @@ def test_reading(tmp_path: Path) -> None:
         (str(tmp_path / "none.json"), "cannot be read"),
         (str(tmp_path / "bad.json"), "is no JSON object"),
         ("{1", "is not JSON"),
+        ('{"kind": "sensitivity", "format": 2, "losses": {}}', "'sensitivity' and format 2; this version reads"),
+        ('{"kind": "bench", "format": 1, "losses": {}}', "a file of kind 'bench' and format 1"),
+        ('{"kind": "sensitivity", "format": 1}', "losses must be"),
+        (str(tmp_path / "binary.json"), "cannot be read .*invalid start byte"),
     ):
         with pytest.raises(SecateurError, match=message):
             read_allocation(text)

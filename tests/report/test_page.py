@@ -219,6 +219,15 @@ def test_strange_reports_are_shown_as_far_as_they_go(tmp_path: Path) -> None:
         {"method": "search", "levels": {"front": [{}, {}]}, "search": {"candidates": [{}]}, "target": {"params": 1}},
         {"method": "m", "sparsity": {"tensors": {"a": {"elements": 0}}, "masked": {"elements": 0}}, "latency": []},
         {"method": "m", "sensitivity": {"a": {"x": 1}, "b": []}, "model": "text", "made": "text", "options": [1]},
+        {"costs": {"params": {"dense": 10**400, "pruned": 5}, "memory": {"pruned": 5, "kv_seq_len": "long"}}},
+        {"method": "m", "sparsity": {"masked": {"elements": 5, "zeros": None}}, "latency": {"dense": "x"}},
+        {"method": "m", "latency": {"dense": "x", "predicted": 0.1, "measured": 0.2}, "options": {"n": -(10**400)}},
+        {
+            "method": "m",
+            "levels": {"front": [{"params": 1, "expected": 2}, {"params": 2, "expected": 1}], "measure": []},
+            "target": {"params": {}},
+        },
+        {"method": "half of a character: \ud800"},
     ]
     for i, report in enumerate(strange):
         html = page(by_hand.write(tmp_path / str(i), report))
@@ -226,6 +235,8 @@ def test_strange_reports_are_shown_as_far_as_they_go(tmp_path: Path) -> None:
     text = read(tmp_path / "2").text
     assert "perplexity infinite" in text or "infinite" in text
     compare([tmp_path / str(i) for i in range(len(strange))], tmp_path / "all.html")
+    by_hand.beside(tmp_path / "0", bench=by_hand.BENCH | {"models": [{"name": "no times"}, *by_hand.BENCH["models"]]})
+    assert "no times" in page(tmp_path / "0")
 
 
 def test_sections_are_folded_where_there_is_much(tmp_path: Path) -> None:
@@ -261,8 +272,18 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert "trials | \N{EN DASH} | 100 | \N{EN DASH}" in text
     assert "budget | params=70% | params=70% | sparsity=50%" in text
     best = [i for i, (tag, own) in enumerate(found.tags) if own.get("class") == "best"]
-    assert len(best) == 3  # parameters, which two runs share, and perplexity: all else is alike, or of one run alone
+    assert len(best) == 4  # parameters, which two runs share, not zero, and perplexity; all else is alike
+    assert "parameters that are not zero | 2,000,000 | 1,400,000 | -30.0% | 1,400,000 | -30.0% | 1,100,000" in text
     assert "To bear in mind" not in text
+
+
+def test_masks_are_not_best_beside_a_deeper_cut_and_long_names_keep_their_ends(tmp_path: Path) -> None:
+    names = [f"sweep-of-budgets-and-masks-{i}" for i in range(2)]
+    half = by_hand.structural(tmp_path / names[0], costs=by_hand.costs(0.5))
+    html = compare([half, by_hand.masked(tmp_path / names[1])], tmp_path / "runs.html").read_text()
+    assert html.count('class="best">1,000,000') == 2  # of the parameters, and of those that are not zero
+    assert 'class="best">1,100,000' not in html
+    assert all(f"sweep-of-b\N{HORIZONTAL ELLIPSIS}nd-masks-{i}" in html for i in range(2))
 
 
 def test_runs_of_other_models_are_not_ranked(tmp_path: Path) -> None:
@@ -298,6 +319,16 @@ def damaged(folder: Path) -> Path:
 
 def other_format(folder: Path) -> Path:
     return by_hand.structural(folder, format=2, secateur="9.9")
+
+
+def format_as_text(folder: Path) -> Path:
+    return by_hand.structural(folder, format="1")
+
+
+def too_deep(folder: Path) -> Path:
+    by_hand.structural(folder)
+    (folder / "report.json").write_text("[" * 100_000)
+    return folder
 
 
 def no_object(folder: Path) -> Path:
@@ -337,6 +368,8 @@ def missing(folder: Path) -> Path:
     [
         (damaged, "report.json: cannot be read"),
         (other_format, "report.json: written by secateur 9.9, format 2; this version reads format 1"),
+        (format_as_text, "format '1'; this version reads format 1"),
+        (too_deep, "report.json: cannot be read (maximum recursion depth exceeded"),
         (no_object, "report.json: it holds a list, and should be a JSON object"),
         (no_run, "this is no report of a run"),
         (bad_bench, "bench.json: it should be of kind 'bench', and is of 'sensitivity'"),

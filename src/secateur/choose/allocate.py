@@ -14,6 +14,8 @@ NAMED = ("uniform", "magnitude", "owl")
 Allocation = str | Mapping[str, float]
 """``uniform``, ``magnitude``, ``owl``, shares by pattern, or a file or JSON text of them or of a sensitivity table."""
 _GRID = 100
+_SENSITIVITY = ("sensitivity", 1)
+"""Kind and format of the files of `secateur sensitivity`; a table by hand says neither."""
 
 
 def read_allocation(allocation: Allocation) -> str | dict[str, Any]:
@@ -32,15 +34,22 @@ def read_allocation(allocation: Allocation) -> str | dict[str, Any]:
             raise SecateurError(f"there is no allocation {allocation!r}{nearest(allocation, NAMED)} (or a .json file)")
         try:
             text = Path(allocation).read_text(encoding="utf-8")
-        except OSError as error:
-            raise SecateurError(f"allocation {allocation}: cannot be read ({error.strerror})") from error
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise SecateurError(f"allocation {allocation}: cannot be read ({why})") from error
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise SecateurError(f"allocation {allocation[:80]!r} is not JSON: {error}") from error
     if not isinstance(found, dict) or not found:
         raise SecateurError(f"allocation {allocation[:80]!r} is no JSON object of pattern: share")
-    if "losses" in found and not isinstance(found["losses"], dict):
+    told = found.get("kind"), found.get("format")
+    if told not in ((None, None), _SENSITIVITY):
+        raise SecateurError(
+            f"allocation {allocation[:80]!r}: a file of kind {told[0]!r} and format {told[1]!r}; this version reads "
+            f"{_SENSITIVITY[0]} files of format {_SENSITIVITY[1]}: make it anew with secateur sensitivity"
+        )
+    if ("losses" in found or told == _SENSITIVITY) and not isinstance(found.get("losses"), dict):
         raise SecateurError(f"allocation {allocation[:80]!r}: losses must be {{pattern: {{share: loss}}}}")
     return found
 

@@ -70,14 +70,19 @@ class Tolerance:
             also = "".join(f" or {known[u]}" for u in units)
             raise SecateurError(f"the tolerance {text!r} for {measure} is no number, such as 0.02{also}")
         number = float(match[1])
+        if not math.isfinite(number):
+            raise SecateurError(f"the tolerance {text!r} for {measure} is infinite: nothing could fail it")
         if measure == "top1":
             least = number / 100 if unit else number
             if least > 1:
                 raise SecateurError(f"the agreement {text!r} is above 1: write 99% or 0.99")
             return Tolerance(measure, 1 - least)
         limit = number / 100 if unit in ("%", "pt") else number
-        if measure == "accuracy" and not unit and number > 1:
-            raise SecateurError(f"the accuracy drop {text!r} is above 1: write 1pt (a percentage point) or 0.01")
+        if measure == "accuracy" and limit >= 1:
+            raise SecateurError(
+                f"the accuracy drop {text!r} is all there is, and nothing could fail it: write 1pt (a percentage "
+                "point) or 0.01"
+            )
         return Tolerance(measure, limit, relative=unit == "%")
 
     def __str__(self) -> str:
@@ -205,9 +210,10 @@ def estimate(rows: Rows, measure: str, *, relative: bool = False, confidence: fl
     if measure == "loss":
         return _ratio(loss - dense, dense if relative else count, confidence)
     if measure == "perplexity":
+        if not relative:
+            return _perplexities(loss, dense, count, confidence)
         logs = _ratio(loss - dense, count, confidence)
-        scale = 1.0 if relative else _exp(float(dense.sum() / count.sum()))
-        return Interval(*(scale * (_exp(x) - 1) for x in (logs.value, logs.low, logs.high)))
+        return Interval(*(_exp(x) - 1 for x in (logs.value, logs.low, logs.high)))
     if measure == "accuracy":
         hits = rows.column("dense_hits")
         return _ratio(hits - rows.column("hits"), hits if relative else count, confidence)
@@ -218,6 +224,16 @@ def estimate(rows: Rows, measure: str, *, relative: bool = False, confidence: fl
 
 def _exp(x: float) -> float:
     return math.exp(x) if x < 709 else math.inf  # above, a double overflows
+
+
+def _perplexities(loss: torch.Tensor, dense: torch.Tensor, count: torch.Tensor, confidence: float) -> Interval:
+    """The difference of two perplexities; both vary from row to row, which counts to first order."""
+    means = [float(own.sum() / count.sum()) for own in (loss, dense)]
+    new, old = map(_exp, means)
+    if not math.isfinite(new - old):
+        return Interval(new - old, new - old, new - old)
+    varied = new * (loss - means[0] * count) - old * (dense - means[1] * count)
+    return _ratio(varied + (new - old) * count, count, confidence)
 
 
 def _ratio(above: torch.Tensor, below: torch.Tensor, confidence: float) -> Interval:

@@ -202,7 +202,7 @@ def compare(model: nn.Module, reference: Reference, track: Track = quiet) -> Com
             targets = _targets(batch, _is_encoder_decoder(model), dense.shape[1])
             for target_T, model_TV, dense_TV in _chunks(targets, logits, dense):
                 losses_T, log_TV = _token_losses(model_TV, target_T)
-                _reject_nan(model, losses_T, index)
+                _reject_nan(type(model).__name__, losses_T, index)
                 dense_log_TV = log_softmax(dense_TV.float(), dim=-1)
                 share_TV = dense_log_TV.exp()
                 # A token that the dense model rules out (a logit of -inf) has a share of 0, and 0 log 0 = 0.
@@ -240,7 +240,9 @@ def row_sums(
         both = [x[row : row + 1] for x in (logits, dense) if x is not None]
         for target_T, model_TV, *dense_TV in _chunks(targets[row : row + 1], *both):
             sums_T = prediction_sums(model_TV, target_T, dense_TV[0] if dense_TV else None)
-            _reject_nan(model, sums_T[:, 1], index)
+            _reject_nan(type(model).__name__, sums_T[:, SUMS.index("loss")], index)
+            if dense is not None:
+                _reject_nan("the dense model", sums_T[:, SUMS.index("dense_loss")], index)
             found[row] += sums_T.sum(0).cpu()
     return found
 
@@ -333,18 +335,18 @@ def _loss(model: nn.Module, logits: torch.Tensor, batch: Batch, index: int) -> t
     targets = _targets(batch, _is_encoder_decoder(model), logits.shape[1])
     for target_T, chunk_TV in _chunks(targets, logits):
         losses_T, _ = _token_losses(chunk_TV, target_T)
-        _reject_nan(model, losses_T, index)
+        _reject_nan(type(model).__name__, losses_T, index)
         loss += float(losses_T.sum(dtype=torch.float64))
         tokens += len(target_T)
     return loss, tokens
 
 
-def _reject_nan(model: nn.Module, losses_T: torch.Tensor, index: int) -> None:
+def _reject_nan(who: str, losses_T: torch.Tensor, index: int) -> None:
     # One NaN or +inf among a token's logits makes its loss NaN.
     bad = int(losses_T.isnan().sum())
     if bad:
         raise SecateurError(
-            f"{type(model).__name__}: {bad} of {len(losses_T)} tokens in batch {index} have NaN or infinite logits; "
+            f"{who}: {bad} of {len(losses_T)} tokens in batch {index} have NaN or infinite logits; "
             "look for weights that are not finite, or run it in float32 or bfloat16"
         )
 

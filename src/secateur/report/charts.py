@@ -86,7 +86,7 @@ def _levels(prefix: str, part: Mapping[str, Any]) -> Chart | None:
         series.append(Series("chosen, expected", [(at, expected)], line=False, big=True))
     if at is not None and measured is not None:
         series.append(Series("chosen, measured", [(at, measured)], line=False, big=True))
-    what = told.get("measure", "loss")
+    what = str(told.get("measure", "loss"))
     text = f"{prefix}the least loss that the search expects at each budget, and what it chose."
     history = [values.number(own[1]) for own in as_list(told.get("history")) if isinstance(own, list) and len(own) == 2]
     if len(history) > 1 and history[0] is not None and history[-1] is not None:

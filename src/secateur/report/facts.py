@@ -86,7 +86,8 @@ def _size(run: Run, key: str, label: str) -> Iterator[Row]:
     if key == "nonzero" and all(both.get(k) == as_map(costs(run).get("params")).get(k) for k in ("dense", "pruned")):
         return  # nothing is masked
     if key == "memory" and both.get("kv_cache", run.old):
-        label = f"memory: weights and KV cache of {both.get('kv_batch', 1)} x {both.get('kv_seq_len', 0):,} tokens"
+        batch, length = (values.shown(both.get(k, least)) for k, least in (("kv_batch", 1), ("kv_seq_len", 0)))
+        label = f"memory: weights and KV cache of {batch} x {length} tokens"
     text = values.size if key in ("memory", "bytes") else values.shown
     share = now / dense if dense else None
     shown = (text(both.get("dense")), text(both.get("pruned")))
@@ -136,9 +137,9 @@ def headline(run: Run) -> str:
     size = table.get("params")
     parts = []
     zeros = as_map(as_map(run.report.get("sparsity")).get("masked"))
-    if zeros.get("elements"):
-        share = values.percent(zeros.get("zeros", 0) / zeros["elements"])
-        parts.append(f"{share} of the masked weights are zero")
+    gone, masked = (values.number(zeros.get(key)) for key in ("zeros", "elements"))
+    if gone is not None and masked:
+        parts.append(f"{values.percent(gone / masked)} of the masked weights are zero")
     if size is not None and size.share is not None and (not parts or size.share < 1):
         parts.insert(0, f"{values.percent(size.share)} of the parameters")
     quality = next((table[key] for key in ("perplexity", "accuracy", "metric", "loss") if key in table), None)

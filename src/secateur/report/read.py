@@ -100,7 +100,7 @@ def check_format(content: Mapping[str, Any], path: Path) -> None:
     if found != FORMAT or isinstance(found, bool):
         version = content.get("secateur", "of an unknown version")
         raise SecateurError(
-            f"{path}: written by secateur {version}, format {found}; this version reads format {FORMAT}: use that "
+            f"{path}: written by secateur {version}, format {found!r}; this version reads format {FORMAT}: use that "
             "version, or make it again with this one"
         )
 
@@ -134,7 +134,7 @@ def _optional(path: Path, *, kind: str | None) -> Mapping[str, Any] | None:
 def _loaded(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: no JSON, no UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8
         raise SecateurError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise SecateurError(f"{path}: it holds a {type(content).__name__}, and should be a JSON object")

@@ -32,7 +32,8 @@ def render(template: str, content: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template(template).render(**content)
+    text = environment.get_template(template).render(**content)
+    return text.encode("utf-8", "replace").decode("utf-8")  # names of files that are no UTF-8 have halves of characters
 
 
 def drawn(wanted: Sequence[charts.Chart]) -> list[charts.Chart]:

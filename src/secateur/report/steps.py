@@ -177,10 +177,11 @@ def latency(run: Run) -> list[tuple[str, list[Bar]]]:
         named = (("dense", "dense model"), ("predicted", "pruned, predicted"), ("measured", "pruned, measured"))
         times = [(label, told[key]) for key, label in named if values.number(told.get(key))]
         if len(times) > 1 and "measured" in told:
-            longest, dense = max(own for _, own in times), told.get("dense") or 0.0
+            longest, dense = max(own for _, own in times), values.number(told.get("dense"))
+            ratios = [f"{dense / own:.2f}\N{MULTIPLICATION SIGN}" if dense else "" for _, own in times]
             bars = [
-                Bar(label, "", values.seconds(own), "", f"{dense / own:.2f}\N{MULTIPLICATION SIGN}", own / longest)
-                for label, own in times
+                Bar(label, "", values.seconds(own), "", ratio, own / longest)
+                for (label, own), ratio in zip(times, ratios, strict=True)
             ]
             title = "One forward pass, timed while the model was cut"
             found.append((f"{name}: {title[0].lower()}{title[1:]}" if name else title, bars))
@@ -191,7 +192,7 @@ def _benched(models: Sequence[Any]) -> list[tuple[str, list[Bar]]]:
     told = [as_map(model) for model in models]
     found = []
     for what in dict.fromkeys(key for model in told for key in as_map(model.get("times"))):
-        timed = [(model, as_map(as_map(model["times"]).get(what))) for model in told if what in as_map(model["times"])]
+        timed = [(model, as_map(as_map(model.get("times")).get(what))) for model in told]
         known = [(model, own, values.number(own.get("median"))) for model, own in timed]
         longest = max((median for _, _, median in known if median), default=0.0)
         bars: list[Bar] = []

@@ -1,7 +1,7 @@
 """Several runs in one page: sizes, quality, options and budgets side by side."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 from secateur.report import facts, notes, values
@@ -53,7 +53,7 @@ class Size:
 def page_of(runs: Sequence[Run]) -> str:
     """The page of several runs."""
     names = _names(runs)
-    tables = [{row.key: row for row in facts.rows(run)} for run in runs]
+    tables = _tables(runs)
     same_dense, same_data = len(_dense(runs)) == 1, _same_data(runs)
     shown = _chart(names, tables, comparable=same_dense and same_data)
     return render(
@@ -76,6 +76,16 @@ def page_of(runs: Sequence[Run]) -> str:
             ],
         },
     )
+
+
+def _tables(runs: Sequence[Run]) -> list[dict[str, Row]]:
+    """The measures of each run by name; beside runs with masks, what others have left counts as not zero."""
+    tables = [{row.key: row for row in facts.rows(run)} for run in runs]
+    masked = next((table["nonzero"] for table in tables if "nonzero" in table), None)
+    for table in tables:
+        if masked is not None and "params" in table:
+            table.setdefault("nonzero", replace(table["params"], key=masked.key, label=masked.label))
+    return tables
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -210,13 +220,18 @@ def _chart(names: Sequence[str], tables: Sequence[Mapping[str, Row]], *, compara
                 if size.dense_value is not None and good.dense_value is not None:
                     dense = (size.dense_value, good.dense_value)
         if len(points) > 1:
-            short = [n if len(n) <= _LABEL else f"{n[:_LABEL]}\N{HORIZONTAL ELLIPSIS}" for n in labels]
-            series = [Series("runs", points, line=False, names=short)]
+            series = [Series("runs", points, line=False, names=[_shortened(name) for name in labels])]
             series += [Series("dense model", [dense], line=False, big=True)] if dense is not None else []
             better = "higher" if key in ("accuracy", "metric") else "lower"
             text = f"{key.capitalize()} against size: parameters that are not zero. To the left and {better} is better."
             return Chart(text, "parameters that are not zero", key, series)
     return None
+
+
+def _shortened(name: str) -> str:
+    """A name that fits beside a point: its begin and its end, where names of a sweep differ."""
+    half = _LABEL // 2
+    return name if len(name) <= _LABEL else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
 
 
 def _options(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -1,6 +1,6 @@
 """Numbers as people read them: counts, bytes, times, changes. What JSON has no word for comes as text."""
 
-import math
+import sys
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
@@ -14,7 +14,7 @@ def number(value: Any) -> float | None:
     """A finite number as it stands in a report; None for anything else (reports have "inf" and "nan" as text)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if abs(value) <= sys.float_info.max else None  # JSON has whole numbers that no float holds
 
 
 def shown(value: Any, digits: int = 4) -> str:
@@ -31,8 +31,8 @@ def shown(value: Any, digits: int = 4) -> str:
 
 
 def _number(value: float, digits: int) -> str:
-    if not math.isfinite(value):
-        return _INFINITE[str(value)]
+    if number(value) is None:
+        return _INFINITE.get(str(value), MISSING)
     whole = isinstance(value, int) or (value.is_integer() and abs(value) >= 10**digits)
     return f"{value:,.0f}".replace("-", MINUS) if whole else _plain(value, digits)
 
