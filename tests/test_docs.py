@@ -33,7 +33,6 @@ SMALL = {
 }
 SHORT = {"--tokens": "4k"}  # what commands say themselves, and would take too long
 OPTIONS_OF_MINITRON = ("--score-samples", "4", "--top-k", "2")
-QUICK_SEARCH = ["--levels", "6", "--trials", "4"]
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -76,7 +75,6 @@ def test_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
         small = [w for w in SMALL[words[1]] if minitron or w not in OPTIONS_OF_MINITRON]
         pairs = zip(small[::2], small[1::2], strict=True)  # what a command says itself stays
         small = [w for option, value in pairs if option not in words for w in (option, value)]
-        small += QUICK_SEARCH if "search" in words else []
         said = [SHORT.get(option, word) for option, word in pairwise(words)]
         code = main([*said, *small])
         assert code == 0, f"{where}: {shlex.join(words)}: {capsys.readouterr().err}"
