@@ -31,7 +31,7 @@ SMALL = {
     "report": [],
     "compare": [],
 }
-SHORT = {"--tokens": "4k"}  # what commands say themselves, and would take too long
+SHORT = {"--tokens": "4k", "--epochs": "1"}  # what commands say themselves, and would take too long
 OPTIONS_OF_MINITRON = ("--score-samples", "4", "--top-k", "2")
 
 
