@@ -19,7 +19,7 @@ venv: $(STAMP)  ## install .venv with the pinned versions (the other targets do 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,train,onnx,openvino,report,docs,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,train,onnx,openvino,megatron,report,docs,dev]'
 	@touch $@
 
 # The tests of the HTML report open it in a real browser, which pip cannot bring.

@@ -1,9 +1,10 @@
 """How well the search's proxy orders candidates: Spearman correlation with the measured KL.
 
 Draws architectures of the bundled model at random from the default search space, cuts each for real, and compares
-the order of four cheap rankings with that of the KL to the dense model on held-out tokens:
+the order of five cheap rankings with that of the KL to the dense model on held-out tokens:
 
 - expected KL: what the search uses, importance weighed by one probe for each kind (probes on calibration tokens),
+- expected loss: what the search uses with measure=False, importance weighed by the layers' block influence,
 - raw importance: the same without weights, every kind's lost energy and the dropped layers' block influence added up,
 - size: the largest first, as ModelOpt ranks its candidates,
 - random.
@@ -44,6 +45,7 @@ def main() -> None:
     scores = study.scores(layers=True, presorted=False)
     sensitivity = study.sensitivity(scores, grid, presorted=False)
     expected = sensitivity.loss(space, scores, dense)
+    unmeasured = study.influence(scores, grid).loss(space, scores, dense)
     cost, valid = uniform_cost(space, Workload()), _validity(Uniform(model, space), grid)
     points = [p for p in grid.points() if p != dense and valid(p)]
     random.seed(0)
@@ -63,8 +65,9 @@ def main() -> None:
         plan = _plan_of(space, Candidate(sizes, costs, 0.0), grid, scores, sensitivity)
         kl = compare(apply(model, plan, space=space), reference).kl
         rows.append({"sizes": sizes, "share": costs.params / whole, "kl": kl, "expected_kl": expected(sizes),
+                     "expected_loss": unmeasured(sizes),
                      "raw": raw(sizes), "size": -costs.params, "random": random.random()})  # fmt: skip
-    rankings = ("expected_kl", "raw", "size", "random")
+    rankings = ("expected_kl", "expected_loss", "raw", "size", "random")
     result: dict[str, Any] = {
         "what": "Spearman correlation of cheap rankings with the measured KL on held-out tokens",
         "candidates": len(rows),

@@ -14,11 +14,11 @@ SRC = ROOT / "src"
 PACKAGE = SRC / "secateur"
 # Data flows down this list, so a room may import the ones before it.
 ROOMS = ["load", "space", "score", "choose", "cut", "mend", "train", "measure", "ship"]
-LEAVES = ["errors", "progress", "files"]
+LEAVES = ["errors", "progress", "files", "world"]
 ABOVE = ["", "__main__", "walk", "methods", "recipe", "report", "cli"]  # "" is the package's __init__
 KNOWN = {*ROOMS, *LEAVES, *ABOVE}
 EXTRAS = ["transformers", "datasets", "pyarrow", "tokenizers", "matplotlib", "jinja2", "onnx", "openvino", "lm_eval"]
-EXTRAS += ["lightning", "accelerate", "tensorboard", "peft", "wandb", "onnxruntime", "onnxscript", "mkdocs"]
+EXTRAS += ["lightning", "accelerate", "tensorboard", "peft", "wandb", "onnxruntime", "onnxscript", "mkdocs", "megatron"]
 MAX_FILE, MAX_FUNCTION = 500, 80
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def check_file(
     return target
 
 
-def write_json(target: Path, values: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+def write_json(target: Path, values: Mapping[str, Any] | Sequence[Any], *, sort_keys: bool = False) -> None:
     """Write a JSON file, whole or not at all; its folder is made.
 
     Raises:
@@ -50,7 +50,10 @@ def write_json(target: Path, values: Mapping[str, Any], *, sort_keys: bool = Fal
     text = json.dumps(values, indent=1, sort_keys=sort_keys, allow_nan=False)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(f"{text}\n", encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+            file.flush()
+            os.fsync(file.fileno())  # else it may be empty after a power cut
         partial.replace(target)
     except OSError as error:
         raise SecateurError(f"{target}: cannot be written: {error}") from error

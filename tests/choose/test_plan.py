@@ -141,7 +141,9 @@ def test_json_is_for_people(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": 1},
+        {"format": 3},
+        {"format": True},
         {"axes": {"b.ffn": {"kind": "ffn", "size": 8, "kept": 2}}},
         {"axes": {"a.ffn": {"kind": "ffn", "size": 8, "kept": 3}}},
         {"axes": {"a.ffn": {"kind": "ffn"}}},
@@ -150,6 +152,8 @@ def test_json_is_for_people(tmp_path: Path) -> None:
         {"dropped": None},
         {"masks": {"v": [2, 2]}},
         {"masks": {"w": [2, 3]}},
+        {"masks": {"w": [4]}},
+        {"masks": {"w": 4}},
         {"masks": {}},
     ],
     ids=str,

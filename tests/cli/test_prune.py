@@ -237,7 +237,7 @@ def test_the_cache_is_used(
 
 @pytest.mark.parametrize(
     "step",
-    ["secateur.methods.verbs.apply", "secateur.ship.checkpoint._save_model", "secateur.choose.plan.save_file"],
+    ["secateur.methods.verbs.apply", "secateur.ship.checkpoint._save_model", "secateur.choose.plan.write_shard"],
 )
 def test_ctrl_c_leaves_nothing(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: str

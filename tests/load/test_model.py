@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from secateur.errors import SecateurError
-from secateur.load import model as module
+from secateur.load import pieces
 from secateur.load.model import (
     check_finite,
     fingerprint,
@@ -394,7 +394,7 @@ def test_the_fingerprint_sees_buffers_the_config_and_any_memory_layout() -> None
 
 def test_a_long_tensor_goes_through_the_hash_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fingerprint(llama())
-    monkeypatch.setattr(module, "_CHUNK", 7)
+    monkeypatch.setattr(pieces, "_PIECE", 7)
     assert fingerprint(llama()) == whole
 
 

@@ -21,7 +21,8 @@ from secateur.measure.quality import Metric
 from secateur.methods.base import Decision
 from secateur.methods.obs import obs
 from secateur.methods.search import search
-from secateur.methods.survey import load_survey, survey
+from secateur.methods.survey import load_survey
+from secateur.methods.surveying import survey
 from secateur.space import discover
 
 IDS = list(torch.split(tokens(6, 10), 2))
@@ -281,3 +282,27 @@ def test_options_that_make_no_sense() -> None:
         search(shaken(Mlp()), Budget.parse("params=70%"), PAIRS, inputs=MLP, levels=1)
     with pytest.raises(SecateurError, match="no readable survey in"):
         on_mlp("params=70%", survey=Path("nowhere"))
+
+
+def test_obs_keeps_no_moments_and_says_whether_gradients_were_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    searching = sys.modules["secateur.methods.searching"]
+    made: list[Any] = []
+
+    def kept(*args: Any, **named: Any) -> Any:
+        made.append(survey(*args, **named))
+        return made[-1]
+
+    monkeypatch.setattr(searching, "make_survey", kept)
+    told = [
+        obs(llama(), Budget.parse("params=80%"), IDS, levels=6, gradients=gradients, **MEMORY).details  # type: ignore[arg-type]
+        for gradients in (True, False)
+    ]
+    found("params=80%", drop=False, probes=0)
+    found("params=80%", drop=True, probes=0, trials=0)
+    assert [x["calibration"]["gradients"] for x in told] == [True, False]
+    assert [(one.moments, one.gradients) for one in made] == [(False, True), (False, False), (True, True), (True, True)]
+
+
+def test_gradients_are_settled_when_a_survey_is_made(saved: Path) -> None:
+    with pytest.raises(SecateurError, match="gradients are taken or not when a survey is made"):
+        obs(llama(), Budget.parse("params=80%"), survey=saved, gradients=False)

@@ -12,6 +12,7 @@ from tiny import tiny, tokens
 from torch import nn
 from torch.nn import functional
 
+from secateur.choose.packed import PackedMasks
 from secateur.choose.rescore import MaskScores
 from secateur.cut import apply
 from secateur.errors import SecateurError
@@ -201,6 +202,54 @@ def test_any_model(method: str, kind: str) -> None:
     if method in ("sparsegpt", "alps") and kind != "bfloat16":
         kept = torch.cat([(result.model.get_parameter(n) - model.get_parameter(n))[m] for n, m in masks.items()])
         assert float((kept != 0).float().mean()) > 0.8  # the survivors were repaired
+
+
+class Moody(nn.Module):
+    """Layers of both modes, frozen and trained weights, and a buffer that every pass moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.second, self.first = nn.Linear(8, 4), nn.Linear(6, 8)
+        self.calls: torch.Tensor
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("none", None)
+        self.first.weight.requires_grad = False
+        self.second.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        found: torch.Tensor = self.second(torch.tanh(self.first(x)))
+        return found
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_what_was_worked_on_is_the_cut_model(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a third copy")
+
+    model = Moody()
+    model.calls.fill_(7)
+    monkeypatch.setattr("secateur.methods.verbs.apply", never)
+    decision = decide(model, "sparsity=50%", method=method, data=[rows()])
+    assert decision.pruned is not None
+    assert float(decision.pruned.get_buffer("calls")) == float(model.calls) >= 7
+    found = prune(model, "sparsity=50%", method=method, data=[rows()]).model
+    assert float(found.get_buffer("calls")) == float(model.calls)
+    assert isinstance(decision.plan.masks, PackedMasks)
+    assert list(decision.plan.masks) == ["second.weight", "first.weight"]  # as of the model, not as they are visited
+    assert decision.weights == {}
+    for cut in (decision.pruned, found):
+        assert type(cut) is Moody
+        assert [m.training for m in cut.modules()] == [m.training for m in model.modules()] == [True, False, True]
+        assert [p.requires_grad for p in cut.parameters()] == [p.requires_grad for p in model.parameters()]
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in cut.modules())
+        own = {p.data_ptr() for p in model.parameters()}
+        assert not own & {p.data_ptr() for p in cut.parameters()}
+        for name, mask in decision.plan.masks.items():
+            assert torch.equal(cut.get_parameter(name) != 0, mask)
+            if method == "wanda":
+                assert torch.equal(cut.get_parameter(name), model.get_parameter(name).masked_fill(~mask, 0))
 
 
 def loss_of(model: nn.Module, other: nn.Module, x: torch.Tensor) -> float:

@@ -359,9 +359,6 @@ def test_a_function_of_the_users_own(thin: Any, tmp_path: Path, monkeypatch: pyt
     assert (search["score"], search["higher_is_better"]) == ("my_scores:narrow", True)
 
 
-# Refusals
-
-
 class NoConfig(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -392,6 +389,9 @@ class NoConfig(nn.Module):
         ("params=70%", {"divisors": {"heads": 2}, "skip": ("heads",)}, "heads is both skipped and given a divisor"),
         ("params=10%", {}, "the budget cannot be met (params="),
         ("params=70%", {"score_samples": 0}, "score_samples must be at least 1, not 0"),
+        ("params=70%", {"measure": False, "top_k": 3}, "measure=False goes by importance alone, and top_k 3 is about"),
+        ("params=70%", {"measure": False, "score_samples": 8}, "alone, and score_samples 8 is about measurements"),
+        ("params=70%", {"measure": False, "score": Metric("mine", count, True)}, "alone, and score mine is about"),
         ("memory=70%", {"kv_batch": 0, **LEAN}, "kv_batch must be at least 1, not 0"),
         ("memory=70%", {"kv_seq_len": -5, **LEAN}, "kv_seq_len must be at least"),
     ],
@@ -416,7 +416,7 @@ def test_dims_and_a_budget_together(thin: Any) -> None:
 
 
 def test_no_hugging_face_model() -> None:
-    with pytest.raises(SecateurError, match=r"needs a Hugging Face language model, not a NoConfig|default inputs"):
+    with pytest.raises(SecateurError, match=r"needs a .*language model.*, not a NoConfig|default inputs"):
         minitron(NoConfig(), Budget.parse("params=70%"), DATA)
 
 

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from secateur.cut import apply
 from secateur.errors import SecateurError
-from secateur.methods.survey import Consumer, Survey, load_survey, refitted, survey
+from secateur.methods.survey import Consumer, Survey, load_survey, refitted
+from secateur.methods.surveying import survey
 from secateur.space import Space, discover
 
 GPT2 = "transformer.h.0.mlp.c_proj.weight"

@@ -18,7 +18,8 @@ from secateur.load.batches import Batch
 from secateur.load.model import fingerprint
 from secateur.measure.closeness import Closeness
 from secateur.mend.batch_norm import adapt_batch_norm
-from secateur.methods.survey import Survey, survey
+from secateur.methods.survey import Survey
+from secateur.methods.surveying import survey
 from secateur.methods.trials import Prefix, Trials, prefix_of
 from secateur.space import discover
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import runs_by_hand as by_hand
 
+from secateur.choose.plan import Plan
 from secateur.errors import SecateurError
 from secateur.report import PAGE, add_page, compare, page, write_report
 from secateur.report.charts import Chart, Series, svg
@@ -349,6 +350,12 @@ def old_sensitivity(folder: Path) -> Path:
     return folder
 
 
+def newer_plan(folder: Path) -> Path:
+    by_hand.structural(folder)
+    (folder / "plan.json").write_text('{"format": 3, "axes": {}, "dropped": [], "masks": {}}')
+    return folder
+
+
 def no_run(folder: Path) -> Path:
     return by_hand.write(folder, {"architectures": ["Llama"]})
 
@@ -374,6 +381,7 @@ def missing(folder: Path) -> Path:
         (no_run, "this is no report of a run"),
         (bad_bench, "bench.json: it should be of kind 'bench', and is of 'sensitivity'"),
         (old_sensitivity, "sensitivity.json: written by secateur of an unknown version, format 7"),
+        (newer_plan, "plan.json: written by secateur of an unknown version, format 3; this version reads format 1 and"),
         (with_runs_below, "no report.json is in it, so it is no run; these are: "),
         (missing, "no such folder"),
     ],
@@ -385,6 +393,15 @@ def test_what_cannot_be_shown(tmp_path: Path, make: Callable[[Path], Path], said
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("*.html"))
+
+
+def test_plans_of_every_format_are_read(tmp_path: Path) -> None:
+    folder = by_hand.structural(tmp_path / "run")
+    Plan(origin={"method": "minitron"}).save(folder)
+    content = json.loads((folder / "plan.json").read_text())
+    for number in (1, content["format"]):
+        (folder / "plan.json").write_text(json.dumps({**content, "format": number}))
+        assert "minitron" in write_report(folder).read_text()
 
 
 def test_runs_below_and_above_are_named(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The greedy order of structured OBS against a brute force that solves every least-squares problem anew."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from secateur.errors import SecateurError
-from secateur.score.obs import Consumed, eliminate
+from secateur.score.obs import Consumed, by_unit, eliminate, inverted, ladder, together
 
 
 class Problem:
@@ -24,7 +26,7 @@ class Problem:
     def consumed(self) -> Consumed:
         most = max(len(own) for own in self.columns)
         padded = torch.tensor([own + [-1] * (most - len(own)) for own in self.columns])
-        return Consumed(self.W.T @ self.G @ self.W, torch.linalg.inv(self.C), padded)
+        return Consumed(self.W, torch.linalg.inv(self.C), padded, self.G @ self.W)
 
     def loss(self, gone: set[int]) -> float:
         """Least tr(G (W - W') C (W - W')') over W' without the columns of these units, from the normal equations."""
@@ -135,15 +137,88 @@ def test_a_single_unit_stays() -> None:
 
 def test_the_inputs_stay_as_they_are() -> None:
     consumed = Problem(15, wide(4)).consumed()
-    before = consumed.worth.clone(), consumed.inverse.clone()
+    before = consumed.matrix.clone(), consumed.inverse.clone()
     eliminate([consumed], 4)
-    assert torch.equal(consumed.worth, before[0])
+    assert torch.equal(consumed.matrix, before[0])
     assert torch.equal(consumed.inverse, before[1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_costs_that_are_no_numbers_are_an_error(value: float) -> None:
     consumed = Problem(16, single(4)).consumed()
-    consumed.worth[2, 2] = value
+    consumed.matrix[2, 2] = value
     with pytest.raises(SecateurError, match="the costs of units are not finite"):
         eliminate([consumed], 4)
+
+
+# What every size loses
+
+
+@pytest.mark.parametrize("share", [0.0, 0.35])
+@pytest.mark.parametrize("name", CASES)
+def test_the_ladder_is_what_a_brute_force_loses_at_every_size(name: str, share: float) -> None:
+    """Also between the units of a round, where several go at once."""
+    problems, size, groups = CASES[name]
+    found = ladder([p.consumed() for p in problems], size, groups, rounds_at_once=share)
+    assert found.lost.shape == (size // groups,)
+    for rounds, lost in enumerate(found.lost.tolist()):
+        gone = {int(unit) for unit in found.order[:rounds].flatten()}
+        assert lost == pytest.approx(sum(p.loss(gone) for p in problems), rel=1e-8, abs=1e-9)
+
+
+def test_two_axes_of_one_matrix_lose_together_what_a_brute_force_says() -> None:
+    """Twelve heads of two columns in four groups; columns that are in both count once."""
+    heads = [[2 * u, 2 * u + 1] for u in range(12)]
+    inner, outer = Problem(17, heads, gradients=True), Problem(17, heads, gradients=True)
+    outer.columns = [[c for u in range(3 * g, 3 * g + 3) for c in heads[u]] for g in range(4)]
+    one, other = inner.consumed(), outer.consumed()
+    by_head, by_group = ladder([one], 12, 4), ladder([other], 4)
+    found = together([other], [one.columns], by_group.order, by_head.order)
+    assert found.shape == (4, 3)
+    for i in range(4):
+        for j in range(3):
+            gone = {int(unit) for unit in by_head.order[:j].flatten()}
+            gone |= {3 * int(g) + k for g in by_group.order[:i].flatten() for k in range(3)}
+            assert float(found[i, j]) == pytest.approx(inner.loss(gone), rel=1e-8, abs=1e-9)
+    torch.testing.assert_close(found[:, 0], by_group.lost)
+    torch.testing.assert_close(found[0], by_head.lost)
+    assert float(found[3, 2]) != pytest.approx(float(found[3, 0] + found[0, 2]), rel=1e-3)  # no mere sum
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_float32_in_its_own_memory_finds_the_same(gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several hundred columns, so that the matrices shrink many times, a few rows at a time."""
+    monkeypatch.setattr("secateur.score.obs.ROWS", 7)
+    problem = Problem(18, single(300), rows=20, gradients=gradients)
+    exact = problem.consumed()
+    short = [None if x is None else x.float().contiguous() for x in (exact.matrix, exact.inverse, exact.graded)]
+    matrix, inverse, graded = short
+    assert matrix is not None
+    assert inverse is not None
+    place = inverse.data_ptr()
+    spare = Consumed(matrix, inverse, exact.columns, graded if gradients else None, spare=True)
+    one = ladder([replace(exact, graded=exact.graded if gradients else None)], 300, rounds_at_once=0.02)
+    other = ladder([spare], 300, rounds_at_once=0.02)
+    assert inverse.data_ptr() == place
+    assert not torch.equal(inverse, exact.inverse.float())  # it was used up
+    torch.testing.assert_close(other.lost, one.lost, rtol=1e-3, atol=1e-4 * float(one.lost[-1]))
+    half = [set(found.order[:150].flatten().tolist()) for found in (one, other)]
+    assert len(half[0] & half[1]) >= 145
+    gone = half[1]
+    assert float(other.lost[150]) == pytest.approx(problem.loss(gone), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_the_inverse_lies_where_the_matrix_was(kind: torch.dtype) -> None:
+    own = Problem(19, single(40)).C.to(kind)
+    exact, place = torch.linalg.inv(own.double()), own.data_ptr()
+    found = inverted(own)
+    assert found.data_ptr() == place
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3 if kind == torch.float32 else 1e-8, atol=1e-3)
+    with pytest.raises(SecateurError, match=r"have no inverse: give a larger damping, such as damping=0\.1"):
+        inverted(-torch.eye(3))
+
+
+def test_columns_by_unit() -> None:
+    assert by_unit(torch.tensor([1, -1, 0, 1, 3]), 4).tolist() == [[2, -1], [0, 3], [-1, -1], [4, -1]]
+    assert by_unit(torch.empty(0, dtype=torch.int64), 2).tolist() == [[-1], [-1]]

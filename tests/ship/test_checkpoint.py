@@ -259,8 +259,8 @@ def broken(error: BaseException) -> Callable[..., Any]:
 STAGES = [
     ("transformers.modeling_utils.safe_save_file", OSError(28, "No space left on device"), "No space left"),
     ("transformers.modeling_utils.safe_save_file", safetensors.SafetensorError("I/O error"), "I/O error"),
-    ("secateur.choose.plan.save_file", OSError("disk on fire"), "disk on fire"),
-    ("secateur.choose.plan.save_file", KeyboardInterrupt(), None),
+    ("secateur.choose.plan.write_shard", OSError("disk on fire"), "disk on fire"),
+    ("secateur.choose.plan.write_shard", KeyboardInterrupt(), None),
     ("secateur.ship.checkpoint.check_folder", SecateurError("cut short"), "^cut short"),
     ("secateur.ship.checkpoint._save_tokenizer", KeyError("unforeseen"), None),
 ]

@@ -4,9 +4,10 @@ Wherever scores are equal, the elements that come first stay. Counts are shared 
 the sum over all rows or tensors is exact: never fewer zeros than asked for, and never one more.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -47,16 +48,23 @@ def largest(scores: torch.Tensor, zeros: Sequence[int] | torch.Tensor) -> torch.
         raise ValueError(f"scores must be [rows, n], not {list(scores.shape)}")
     rows, n = scores.shape
     gone = torch.as_tensor(zeros, device=scores.device).expand(rows)
-    if rows == 1 and 0 < int(gone[0]) < n:  # one long row: selecting is cheaper than sorting
-        threshold = scores.kthvalue(int(gone[0]), dim=1, keepdim=True).values
-    else:
-        ordered = scores.sort(dim=1).values
-        threshold = ordered.gather(1, (gone - 1).clamp_min(0)[:, None])
-    above = scores > threshold
-    equal = scores == threshold
-    room = (n - gone)[:, None] - above.sum(1, keepdim=True)
-    keep = above | (equal & (equal.cumsum(1) <= room))
-    return torch.where((gone == 0)[:, None], torch.ones_like(keep), keep)
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    for count in gone.unique().tolist():  # selecting is several times cheaper than sorting
+        which = (gone == count).nonzero().flatten()
+        if count:
+            keep[which] = _without_smallest(scores if len(which) == rows else scores[which], min(count, n))
+    return keep
+
+
+def _without_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    keep = scores > threshold
+    room = scores.shape[1] - count - keep.sum(1)
+    tied = room.nonzero().flatten()  # there, some of those that are equal to the last one that goes stay
+    if len(tied):
+        equal = scores[tied] == threshold[tied]
+        keep[tied] |= equal & (equal.cumsum(1) <= room[tied, None])
+    return keep
 
 
 def n_of_m(scores: torch.Tensor, n_m: NM) -> torch.Tensor:
@@ -170,25 +178,120 @@ def masks_of(
     Returns:
         Weight name -> bool tensor of its shape, True = keep.
     """
+    if layout.scope != "global" or layout.n_m is not None:
+        return dict(masks_each(weights, lambda w: scores[w.name], sparsity, layout))
     masks = {w.name: torch.ones(w.shape, dtype=torch.bool, device=scores[w.name].device) for w in weights}
     matrices = [(w, part, w.matrix(scores[w.name], part)) for w in weights for part in w.parts()]
     tile = layout.block[0] * layout.block[1]
-    sizes = [m.numel() // tile for _, _, m in matrices]
-    if layout.scope == "global" and layout.n_m is None:
-        if not isinstance(sparsity, float | int):
-            raise SecateurError("scope global ranks all weights together, and allocation gives each its own share")
-        units = [tiles(m, layout.block) if tile > 1 else m for _, _, m in matrices]
-        (count,) = zeros_of([sum(sizes)], sparsity)
-        ranked = largest(torch.cat([u.reshape(1, -1) for u in units], 1), [count])
-        kept = torch.split(ranked.flatten(), sizes)
-        found = [spread(k.reshape(u.shape), layout.block) for k, u in zip(kept, units, strict=True)]
-    else:
-        ratios = [sparsity if isinstance(sparsity, float | int) else sparsity[w.name] for w, _, _ in matrices]
-        counts = zeros_of(sizes, ratios)
-        found = [mask_matrix(m, count, layout) for (_, _, m), count in zip(matrices, counts, strict=True)]
-    for (weight, part, _), mask in zip(matrices, found, strict=True):
-        weight.put(masks[weight.name], part, mask)
+    units = [tiles(m, layout.block) if tile > 1 else m for _, _, m in matrices]
+    (count,) = zeros_of([sum(u.numel() for u in units)], _one(sparsity))
+    ranked = largest(torch.cat([u.reshape(1, -1) for u in units], 1), [count])
+    kept = torch.split(ranked.flatten(), [u.numel() for u in units])
+    for (weight, part, _), mask, unit in zip(matrices, kept, units, strict=True):
+        weight.put(masks[weight.name], part, spread(mask.reshape(unit.shape), layout.block))
     return masks
+
+
+def masks_each(
+    weights: Sequence[Weight],
+    score: Callable[[Weight], torch.Tensor],
+    sparsity: float | Mapping[str, float],
+    layout: Layout,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `masks_of`, but the scores and the mask of one weight only are there at a time.
+
+    Args:
+        weights: which.
+        score: makes the scores of a weight, float32 of its shape; asked once, or with scope global three times.
+        sparsity: as for `masks_of`.
+        layout: see `Layout`.
+
+    Yields:
+        Weight name and bool tensor of its shape, True = keep.
+    """
+    tile = layout.block[0] * layout.block[1]
+    pieces = [(w, part) for w in weights for part in w.parts()]
+    sizes = [math.prod(b - a for a, b in part) // tile for _, part in pieces]
+    if layout.scope == "global" and layout.n_m is None:
+        (count,) = zeros_of([sum(sizes)], _one(sparsity))
+        choose = _Ranking(weights, score, count, layout).keep
+        counts = [0] * len(sizes)
+    else:
+        counts = zeros_of(
+            sizes, [sparsity if isinstance(sparsity, float | int) else sparsity[w.name] for w, _ in pieces]
+        )
+        choose = functools.partial(mask_matrix, layout=layout)
+    left = iter(counts)
+    for weight in weights:
+        scores = score(weight)
+        mask = torch.ones(weight.shape, dtype=torch.bool, device=scores.device)
+        for part in weight.parts():
+            weight.put(mask, part, choose(weight.matrix(scores, part), next(left)))
+        del scores
+        yield weight.name, mask
+
+
+class _Ranking:
+    """All elements (tiles) of all weights in one ranking that is never in memory: the place of the cut is counted out.
+
+    Float32 numbers, read as whole ones, keep their order; a pass counts their upper halves, a second one the lower
+    halves where the cut lies.
+    """
+
+    def __init__(
+        self, weights: Sequence[Weight], score: Callable[[Weight], torch.Tensor], zeros: int, layout: Layout
+    ) -> None:
+        self.layout, self.zeros = layout, zeros
+        if not zeros:
+            return
+
+        def keys() -> Iterator[torch.Tensor]:
+            for weight in weights:
+                scores = score(weight)
+                for part in weight.parts():
+                    yield from torch.split(self._keys(weight.matrix(scores, part)).flatten(), _PIECE)
+
+        upper = sum((torch.bincount((k >> 16) + 2**15, minlength=2**16).cpu() for k in keys()), _NONE)
+        place, before = _reached(upper, zeros)
+        mine = (k[(k >> 16) + 2**15 == place] & 0xFFFF for k in keys())
+        lower = sum((torch.bincount(k, minlength=2**16).cpu() for k in mine), _NONE)
+        rest, below = _reached(lower, zeros - before)
+        self.last = ((place - 2**15) << 16) + rest
+        """The key of the best element that goes."""
+        self.room = int(lower[rest]) - (zeros - before - below)
+        """How many of that key stay: those that come first."""
+
+    def keep(self, scores: torch.Tensor, _: int) -> torch.Tensor:
+        """The mask of the next matrix, in the order of the weights and their parts."""
+        if not self.zeros:
+            return torch.ones_like(scores, dtype=torch.bool)
+        keys = self._keys(scores)
+        equal = (keys == self.last).flatten()
+        stay = equal & (equal.cumsum(0) <= self.room)
+        self.room -= int(stay.sum())
+        return spread((keys > self.last) | stay.reshape(keys.shape), self.layout.block)
+
+    def _keys(self, scores: torch.Tensor) -> torch.Tensor:
+        units = tiles(scores, self.layout.block) if self.layout.block != (1, 1) else scores
+        bits = (units.float() + 0.0).view(torch.int32)  # + 0: there is one zero, without a sign
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+_PIECE = 1 << 22
+_NONE = torch.zeros(2**16, dtype=torch.int64)
+
+
+def _reached(counts: torch.Tensor, number: int) -> tuple[int, int]:
+    """The first place up to which there are so many, and how many there are before it."""
+    total = counts.cumsum(0)
+    place = int((total < number).sum())
+    return place, int(total[place] - counts[place])
+
+
+def _one(sparsity: float | Mapping[str, float]) -> float:
+    if not isinstance(sparsity, float | int):
+        raise SecateurError("scope global ranks all weights together, and allocation gives each its own share")
+    return sparsity
 
 
 def _extent(part: Sequence[tuple[int, int]], dims: Sequence[int]) -> int:

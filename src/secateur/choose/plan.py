@@ -2,18 +2,23 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from secateur.choose.packed import PackedMasks, bits_of, kind_of, zeros_in
 from secateur.errors import SecateurError, nearest
+from secateur.load.shards import Shard, write_shard
 from secateur.space import Axis, Space
 
-FORMAT = 1
+FORMAT = 2
+"""Masks are packed, as `choose.packed` says, beside their shapes; in format 1, which is still read, they are bool."""
+READ = (1, FORMAT)
+"""Formats that this version reads."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Plan:
     dropped: tuple[str, ...] = ()
     """Names of blocks: layers, attention or MLP sub-layers."""
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Weight name -> bool tensor of its shape, True = keep."""
+    """Weight name -> bool tensor of its shape, True = keep. `PackedMasks` unpacks each when it is asked for."""
     origin: Mapping[str, str] = field(default_factory=dict)
     """Where it comes from: model, its fingerprint, method, budget... for people, not used by `apply`."""
 
@@ -55,12 +60,13 @@ class Plan:
         for name in self.dropped:
             if name not in blocks:
                 raise SecateurError(f"the plan drops {name!r}, which is not a droppable block{nearest(name, blocks)}")
-        for name, mask in self.masks.items():
+        for name in self.masks:
             if name not in space.parameters:
                 raise SecateurError(f"the plan masks {name!r}, which is not a weight{nearest(name, space.parameters)}")
-            if mask.dtype != torch.bool or tuple(mask.shape) != space.parameters[name].shape:
+            dtype, shape = kind_of(self.masks, name)
+            if dtype != torch.bool or shape != space.parameters[name].shape:
                 raise SecateurError(
-                    f"the plan's mask of {name} is {mask.dtype} {list(mask.shape)}, it must be torch.bool "
+                    f"the plan's mask of {name} is {dtype} {list(shape)}, it must be torch.bool "
                     f"{list(space.parameters[name].shape)}"
                 )
         stacks = defaultdict(list)
@@ -84,56 +90,108 @@ class Plan:
         if self.dropped:
             lines.append(f"dropped: {', '.join(self.dropped)}")
         if self.masks:
-            zeros = sum(int((~m).sum()) for m in self.masks.values())
-            total = sum(m.numel() for m in self.masks.values())
+            zeros = sum(zeros_in(self.masks, name) for name in self.masks)
+            total = sum(prod(kind_of(self.masks, name)[1]) for name in self.masks)
             lines.append(f"masks: {zeros:,} of {total:,} weights set to zero in {len(self.masks)} tensors")
         return lines or ["nothing is cut"]
 
     def save(self, folder: Path) -> None:
-        """Write plan.json and plan.safetensors into an existing folder."""
+        """Write plan.json and plan.safetensors into an existing folder, a tensor at a time.
+
+        Raises:
+            SecateurError: plan.safetensors cannot be written.
+        """
         axes = {n: {"kind": k.kind, "size": k.size, "kept": len(k.units)} for n, k in self.kept.items()}
         content = {
             "format": FORMAT,
             "origin": dict(self.origin),
             "axes": axes,
             "dropped": list(self.dropped),
-            "masks": {name: list(mask.shape) for name, mask in self.masks.items()},
+            "masks": {name: list(kind_of(self.masks, name)[1]) for name in self.masks},
         }
         (folder / "plan.json").write_text(json.dumps(content, indent=2) + "\n")
-        tensors = {f"axis:{n}": torch.tensor(k.units, dtype=torch.int32) for n, k in self.kept.items()}
-        tensors |= {f"mask:{n}": m.clone(memory_format=torch.contiguous_format) for n, m in self.masks.items()}
-        save_file(tensors, folder / "plan.safetensors")
+        write_shard(folder / "plan.safetensors", _Tensors(self))
 
     @staticmethod
     def load(folder: Path) -> "Plan":
-        """Read what `save` wrote.
+        """Read what `save` wrote; masks stay in the file until they are asked for.
 
         Raises:
             SecateurError: where a file is missing, damaged, of another format, or the two do not agree.
         """
         try:
             content = json.loads((folder / "plan.json").read_text())
-            tensors = load_file(folder / "plan.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:  # ValueError: no JSON, no UTF-8
+            file = Shard(folder / "plan.safetensors")
+        except (OSError, ValueError, SecateurError) as error:  # ValueError: no JSON, no UTF-8
             raise SecateurError(f"no readable plan in {folder}: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise SecateurError(f"{folder / 'plan.json'} is not a plan of format {FORMAT}")
+        form = content.get("format") if isinstance(content, dict) else None
+        if form not in READ:
+            raise SecateurError(
+                f"{folder / 'plan.json'} is a plan of format {form!r}, and this version reads 1 and {FORMAT}"
+            )
         try:
-            kept = {
-                name: Kept(entry["kind"], entry["size"], tuple(tensors[f"axis:{name}"].tolist()))
-                for name, entry in content["axes"].items()
-            }
-            masks = {name: tensors[f"mask:{name}"] for name in content["masks"]}
-            plan = Plan(kept, tuple(content["dropped"]), masks, content["origin"])
-            counts = {name: entry["kept"] for name, entry in content["axes"].items()}
-            shapes = {name: tuple(shape) for name, shape in content["masks"].items()}
-        except (KeyError, AttributeError, TypeError) as error:
+            return _loaded(content, file)
+        except (KeyError, AttributeError, TypeError, ValueError, SecateurError) as error:
             raise SecateurError(f"plan.json and plan.safetensors in {folder} do not agree: {error}") from error
-        same = counts == {name: len(k.units) for name, k in kept.items()}
-        same = same and shapes == {name: tuple(mask.shape) for name, mask in masks.items()}
-        if not same or len(tensors) != len(kept) + len(masks):
-            raise SecateurError(f"plan.json and plan.safetensors in {folder} do not agree")
-        return plan
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """What plan.safetensors holds of a plan, each tensor made when it is asked for."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.names = [f"axis:{name}" for name in plan.kept]
+        self.names += [f"{what}:{name}" for what in ("shape", "mask") for name in plan.masks]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        what, _, key = name.partition(":")
+        if what == "axis":
+            return torch.tensor(self.plan.kept[key].units, dtype=torch.int32)
+        if what == "shape":
+            return torch.tensor(kind_of(self.plan.masks, key)[1], dtype=torch.int64)
+        return bits_of(self.plan.masks, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _loaded(content: Mapping[str, Any], file: Shard) -> Plan:
+    """The plan of both files.
+
+    Raises:
+        KeyError, AttributeError, TypeError, ValueError, SecateurError: They do not agree.
+    """
+    kept = {}
+    for name, entry in content["axes"].items():
+        units = tuple(_tensor(file, f"axis:{name}").tolist())
+        if len(units) != entry["kept"]:
+            raise ValueError(f"{name} keeps {len(units)} units, and not {entry['kept']}")
+        kept[name] = Kept(entry["kind"], entry["size"], units)
+    masks = PackedMasks(forget=file.forget)
+    packs = content["format"] == FORMAT
+    for name, found in content["masks"].items():
+        tensor = _tensor(file, f"mask:{name}")
+        shape = tuple(_tensor(file, f"shape:{name}").tolist() if packs else tensor.shape)
+        if shape != tuple(found):
+            raise ValueError(f"the mask of {name} is {list(shape)}, and not {list(found)}")
+        if packs:
+            masks.take(name, tensor, shape)
+        else:
+            masks.put(name, tensor)
+            file.forget()
+    if len(file.entries) != len(kept) + len(masks) * (2 if packs else 1):
+        raise ValueError(f"there are {len(file.entries)} tensors for {len(kept)} axes and {len(masks)} masks")
+    return Plan(kept, tuple(content["dropped"]), masks, content["origin"])
+
+
+def _tensor(file: Shard, name: str) -> torch.Tensor:
+    dtype, shape, _, size = file.entries[name]
+    if min(shape, default=0) < 0 or prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{name} is said to be {dtype} {list(shape)}, and has {size} bytes")
+    return file.mapped(name)
 
 
 def _check_units(axis: Axis, kept: Kept) -> None:
@@ -171,9 +229,8 @@ def diff(a: Plan, b: Plan) -> list[str]:
     lines += [f"{name}: dropped only in the first plan" for name in a.dropped if name not in b.dropped]
     lines += [f"{name}: dropped only in the second plan" for name in b.dropped if name not in a.dropped]
     for name in dict.fromkeys([*a.masks, *b.masks]):
-        x, y = a.masks.get(name), b.masks.get(name)
-        if x is None or y is None:
-            lines.append(f"{name}: masked only in the {'second' if x is None else 'first'} plan")
-        elif x.shape != y.shape or not torch.equal(x, y):
+        if name not in a.masks or name not in b.masks:
+            lines.append(f"{name}: masked only in the {'first' if name in a.masks else 'second'} plan")
+        elif kind_of(a.masks, name) != kind_of(b.masks, name) or not torch.equal(a.masks[name], b.masks[name]):
             lines.append(f"{name}: another mask")
     return lines

@@ -57,10 +57,13 @@ def lost_energy(space: Space, scores: Mapping[str, torch.Tensor], kind: str, siz
 
     Averaged over the axes; 0 where nothing goes, towards 1 where all does.
     """
-    losses = []
-    for axis in space.of_kind(kind):
-        energy = scores[axis.name].double().square()
-        kept = torch.tensor(keep_best(axis, scores[axis.name], size).units)
-        total = float(energy.sum())
-        losses.append(1 - float(energy[kept].sum()) / total if total > 0 else 1 - size / axis.size)
+    losses = [axis_loss(axis, scores[axis.name], size) for axis in space.of_kind(kind)]
     return sum(losses) / len(losses) if losses else 0.0
+
+
+def axis_loss(axis: Axis, scores: torch.Tensor, size: int) -> float:
+    """The same of one axis."""
+    energy = scores.double().square()
+    kept = torch.tensor(keep_best(axis, scores, size).units)
+    total = float(energy.sum())
+    return 1 - float(energy[kept].sum()) / total if total > 0 else 1 - size / axis.size

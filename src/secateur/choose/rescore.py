@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from secateur.choose.budget import Budget
-from secateur.choose.mask import Layout, masks_of
+from secateur.choose.mask import Layout, masks_each
+from secateur.choose.packed import PackedMasks
 from secateur.choose.plan import Plan
 from secateur.errors import SecateurError
 from secateur.space.weights import Weight
@@ -48,10 +49,8 @@ class MaskScores:
         scope = "tensor" if budget.n_m is not None else self.layout.scope
         layout = Layout(scope, budget.n_m, self.layout.block)
         layout.check(self.weights)
-        if budget.n_m is not None:
-            return Plan(masks=masks_of(self.weights, self.tensors, asked, layout), origin=origin or {})
-        if self.shares is None:
-            return Plan(masks=masks_of(self.weights, self.tensors, asked, layout), origin=origin or {})
+        if budget.n_m is not None or self.shares is None:
+            return self._plan(asked, layout, origin)
         total = sum(w.size for w in self.weights)
         kept = sum(w.size * (1 - self.shares[w.name]) for w in self.weights)
         factor = (1 - asked) * total / kept
@@ -64,7 +63,11 @@ class MaskScores:
                 f"allocated scores reach is {100 * least / total:.4g}%"
             )
         shares = {name: max(0.0, share) for name, share in shares.items()}
-        return Plan(masks=masks_of(self.weights, self.tensors, shares, layout), origin=origin or {})
+        return self._plan(shares, layout, origin)
+
+    def _plan(self, sparsity: float | Mapping[str, float], layout: Layout, origin: Mapping[str, str] | None) -> Plan:
+        each = masks_each(self.weights, lambda w: self.tensors[w.name], sparsity, layout)
+        return Plan(masks=PackedMasks.of(each), origin=origin or {})
 
     def save(self, folder: Path) -> None:
         """Write scores.safetensors into an existing folder."""

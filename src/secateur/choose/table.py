@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from secateur import world
 from secateur.choose.cost import Workload, active_sizes, cache_dtype
 from secateur.errors import SecateurError
 from secateur.space import Polynomial, Space
@@ -207,6 +208,12 @@ def solve(table: Table, limits: Mapping[str, float], *, seconds: float = 120.0, 
         SecateurError: where no choice keeps the limits (says the smallest reachable value of each), where levels have
             too many combinations, or where time runs out before any choice is found.
     """
+    if world.split():  # where time runs out, each process may be elsewhere
+        return world.from_first(lambda: _solve(table, limits, seconds, gap))
+    return _solve(table, limits, seconds, gap)
+
+
+def _solve(table: Table, limits: Mapping[str, float], seconds: float, gap: float) -> Solution:
     program = _Program(table, limits)
     objective = program.objective(table.loss)
     over: list[Choice] = []

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
+from secateur import world
 from secateur.choose.plan import Plan
 from secateur.cli import tables
 from secateur.cli.models import Building, batches_from, check_sources, open_model, stored_as
@@ -22,7 +23,9 @@ from secateur.methods.healing import Healed, cache_teacher, distill
 from secateur.methods.reporting import provenance
 from secateur.methods.verbs import batches_of
 from secateur.ship.checkpoint import check_out
+from secateur.train import sharded
 from secateur.train.settings import Distillation, Training
+from secateur.train.shares import check_rows
 
 _Training = settings_options(Training, without=("seed",))
 _Losses = settings_options(Distillation)
@@ -75,11 +78,11 @@ def run(words: Sequence[str]) -> None:
     for name in sources:
         check_sources(arguments.student, data=name)
     check_sources(arguments.student, eval_data=arguments.eval_data)
-    work = arguments.out.with_name(f"{arguments.out.name}.training")
-    if arguments.restart and work.exists():
-        shutil.rmtree(work)
+    if not any(map(names_function, sources)):
+        check_rows(arguments.reading.batch_size)
+    work = _work(arguments)
     student, tokenizer, source = open_model(
-        arguments.student, arguments.making, device=common.device, dtype=common.dtype
+        arguments.student, arguments.making, device=_device(common), dtype=common.dtype
     )
     check_out(arguments.out, overwrite=arguments.overwrite, source=source)
     teacher = _teacher(arguments, student, tokenizer)
@@ -98,7 +101,27 @@ def run(words: Sequence[str]) -> None:
         healed = distill(teacher, student, data, plan=plan, cache=arguments.cache, work=work, **how)
     except KeyboardInterrupt:
         raise Interrupted(f"the state is in {work}: run the same command again, and it goes on") from None
-    report = _report(arguments, student, source, healed) | provenance(["secateur", "distill", *words])
+    if world.first():
+        report = _report(arguments, student, source, healed) | provenance(["secateur", "distill", *words])
+        _save(arguments, healed, report, work, tokenizer, source, plan)
+    if healed.report["diverged"]:
+        raise SecateurError(f"{healed.report['stopped']}; {arguments.out} holds step {healed.report['best']}")
+
+
+def _work(arguments: Arguments) -> Path:
+    """The folder of the run's state."""
+    work = arguments.out.with_name(f"{arguments.out.name}.training")
+    if arguments.restart:
+        world.from_first(lambda: shutil.rmtree(work) if work.exists() else None)
+    return work
+
+
+def _save(
+    arguments: Arguments, healed: Healed, report: Mapping[str, Any], work: Path, tokenizer: Any, source: Source | None,
+    plan: Plan | None,
+) -> None:  # fmt: skip
+    """Save the student, and show what came of it."""
+    common = arguments.common
     stored_as(healed.model, source)
     logs = [work / "metrics.jsonl", *work.glob("tensorboard/*")]
     no_page = save_with_page(
@@ -114,8 +137,11 @@ def run(words: Sequence[str]) -> None:
     common.show({"out": str(arguments.out), **report}, draw)
     if common.json:
         tell_missing(no_page)
-    if healed.report["diverged"]:
-        raise SecateurError(f"{healed.report['stopped']}; {arguments.out} holds step {healed.report['best']}")
+
+
+def _device(common: Common) -> str:
+    """Where models are read to: several processes spread them over their devices block by block."""
+    return common.device if world.size() == 1 else "cpu"
 
 
 def _names(settings: Any) -> list[str]:
@@ -145,22 +171,28 @@ def _data(sources: Mapping[str, float]) -> Any:
 
 
 def _teacher(arguments: Arguments, student: Any, tokenizer: Any) -> Any:
-    """The dense model, once it is known to speak the student's tokens; None where it is not given."""
+    """The dense model, spread over the processes where there are several; None where it is not given."""
     if arguments.teacher is None:
         return None
-    making = arguments.making if is_constructor(arguments.teacher) else Building()
-    teacher, own, _ = open_model(
-        arguments.teacher, making, device=arguments.common.device, dtype=arguments.teacher_dtype
-    )
+    if world.size() == 1:
+        return _checked_teacher(arguments, arguments.teacher, student, tokenizer)
+    name = arguments.teacher
+    return sharded.in_turns(lambda: sharded.shard(_checked_teacher(arguments, name, student, tokenizer)))
+
+
+def _checked_teacher(arguments: Arguments, name: str, student: Any, tokenizer: Any) -> Any:
+    """The dense model, once it is known to speak the student's tokens."""
+    making = arguments.making if is_constructor(name) else Building()
+    teacher, own, _ = open_model(name, making, device=_device(arguments.common), dtype=arguments.teacher_dtype)
     sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (teacher, student)]
     if None not in sizes and sizes[0] != sizes[1]:
         raise SecateurError(
-            f"the teacher {arguments.teacher} has {sizes[0]} tokens in its vocabulary, the student {arguments.student} "
+            f"the teacher {name} has {sizes[0]} tokens in its vocabulary, the student {arguments.student} "
             f"has {sizes[1]}: distilling needs one vocabulary"
         )
     if own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
         raise SecateurError(
-            f"the teacher {arguments.teacher} and the student {arguments.student} have other tokenizers: the same "
+            f"the teacher {name} and the student {arguments.student} have other tokenizers: the same "
             "token means different text to them"
         )
     return teacher

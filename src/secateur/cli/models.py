@@ -16,6 +16,8 @@ from secateur.load.constructor import build, load_weights
 from secateur.load.functions import call, find_function, is_constructor, names_function
 from secateur.load.model import Source, load_model, meta_model
 from secateur.load.place import find_device, find_dtype
+from secateur.load.store import made, store_of
+from secateur.load.streamed import load_streamed
 from secateur.ship import load
 
 
@@ -53,7 +55,14 @@ class Making(Building):
 
 
 def open_model(
-    name: str, making: Building, *, device: str = "cpu", dtype: str | None = None, weights: bool = True
+    name: str,
+    making: Building,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    weights: bool = True,
+    work: Path | None = None,
+    limit: int | None = None,
 ) -> tuple[nn.Module, Any | None, Source | None]:
     """The model, and of a folder or hub id its tokenizer and source.
 
@@ -63,6 +72,8 @@ def open_model(
         device: where the weights go.
         dtype: of the weights; None is their own.
         weights: whether they are needed; a folder is read without where they are not.
+        work: folder for what a streamed model writes on the way; None = the model is loaded into memory.
+        limit: bytes of memory that may be used for a streamed model.
 
     Raises:
         SecateurError: where it cannot be opened, or options do not go with it.
@@ -77,14 +88,28 @@ def open_model(
             raise SecateurError(f"{option} goes with a MODEL that is module:callable, and {name} is none")
     if (Path(name).expanduser() / STRUCTURE).is_file():
         return load(name, device=device, dtype=dtype), None, None
+    if work is not None:
+        return load_streamed(name, work=work, dtype=dtype, limit=limit)
     return load_model(name, device=device, dtype=dtype) if weights else (meta_model(name), None, None)
 
 
 def stored_as(model: nn.Module, source: Source | None) -> None:
     """Give parameters the checkpoint's own type again; buffers keep the precision that stock loading gives them."""
-    if source is not None and source.dtype is not None:
+    if source is None or source.dtype is None:
+        return
+    kind, store = source.dtype, store_of(model)
+    if store is None:
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(source.dtype)
+            parameter.data = parameter.data.to(kind)
+        return
+    other = [name for name, parameter in store.parameters.items() if parameter.dtype != kind]
+    for name in other:
+        entry = store.entries[name]
+        like = entry.rest.new_empty((), dtype=kind).expand(entry.rest.shape)
+        store.entries[name] = made(lambda entry=entry: entry.load().to(kind), like)  # type: ignore[misc]
+        store.parameters[name].data = store.entries[name].rest
+    if other:  # its files keep the type that it was computed in, for a run that goes on from them
+        store.folder = None
 
 
 def inputs_of(model: nn.Module, making: Making, name: str, *, needed: bool = True) -> Any:

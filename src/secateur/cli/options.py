@@ -11,6 +11,7 @@ import docstring_parser
 import tyro
 from rich.console import Console
 
+from secateur import world
 from secateur.errors import SecateurError
 from secateur.load.data import check_source
 from secateur.progress import Track, bars, quiet
@@ -40,7 +41,7 @@ class Common:
 
     def track(self) -> Track:
         """Progress bars on standard error, when somebody is looking."""
-        return bars if Console(stderr=True).is_terminal else quiet
+        return bars if world.first() and Console(stderr=True).is_terminal else quiet
 
     def show(self, values: Mapping[str, Any], draw: Callable[[Console], None]) -> None:
         """Print the result: JSON, or what `draw` draws."""

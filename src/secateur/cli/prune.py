@@ -1,8 +1,9 @@
 """``secateur prune MODEL --out DIR --budget params=70%``: cut a model and save the smaller one."""
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,18 +11,22 @@ import torch
 import tyro
 from rich.console import Console
 
+from secateur import world
 from secateur.choose import Budget
 from secateur.cli import tables
 from secateur.cli.models import Making, batches_from, check_sources, inputs_of, open_model, stored_as
 from secateur.cli.options import Common, Group, Reading, method_options, parse
+from secateur.cli.piping import Piped, Piping, piped
 from secateur.cli.saving import save_with_page, tell_missing, tell_page
+from secateur.cli.streaming import Streamed, Streaming, streamed
 from secateur.errors import SecateurError, nearest
 from secateur.load.functions import find_function, is_constructor
+from secateur.load.model import Source
 from secateur.measure.choice import load_questions
 from secateur.measure.quality import choice_metric, load_metric, perplexity_metric
 from secateur.methods import MASKING, METHODS
 from secateur.methods.reporting import provenance, weight_bytes
-from secateur.methods.verbs import batches_of, check_repair, needs_data, prune
+from secateur.methods.verbs import Result, batches_of, check_repair, needs_data, prune
 from secateur.ship.checkpoint import check_out, why_not_stock
 
 
@@ -70,6 +75,8 @@ class Arguments:
     making: Annotated[Making, Group] = dataclasses.field(default_factory=Making)
     reading: Annotated[Reading, Group] = dataclasses.field(default_factory=Reading)
     scoring: Annotated[Scoring, Group] = dataclasses.field(default_factory=Scoring)
+    streaming: Annotated[Streaming, Group] = dataclasses.field(default_factory=Streaming)
+    piping: Annotated[Piping, Group] = dataclasses.field(default_factory=Piping)
     common: Annotated[Common, Group] = dataclasses.field(default_factory=Common)
 
 
@@ -77,24 +84,18 @@ def run(words: Sequence[str]) -> None:
     """Run the verb."""
     method = _method(words)
     taken = inspect.signature(METHODS[method]).parameters
-    without = ("score", "stored_dtype", "track", "inputs", "loss", "seed", "clock")
-    options_class = method_options(METHODS[method], without=without)
-    whole = dataclasses.make_dataclass(
-        "Whole",
-        [
-            ("arguments", Annotated[Arguments, Group]),
-            ("options", Annotated[options_class, Group], dataclasses.field(default_factory=options_class)),
-        ],
-        frozen=True,
-    )
-    whole.__doc__ = Arguments.__doc__
-    parsed = parse(whole, "prune", words)
+    parsed = parse(_options(method), "prune", words)
     arguments: Arguments = parsed.arguments
     options = {f.name: getattr(parsed.options, f.name) for f in dataclasses.fields(parsed.options)}
     common, reading, scoring = arguments.common, arguments.reading, arguments.scoring
     budget = _check(arguments, method)
     ask = _scorer(scoring, has_search=bool(budget.limits))
-    model, tokenizer, source = open_model(arguments.model, arguments.making, device=common.device, dtype=common.dtype)
+    used = arguments.data or ("self" if needs_data(method) else None)
+    stream = _streamed(arguments, method, options, budget, used)
+    model, tokenizer, source = open_model(
+        arguments.model, arguments.making, device=common.device, dtype=common.dtype,
+        work=None if stream is None else stream.folder, limit=None if stream is None else stream.limit,
+    )  # fmt: skip
     if source is None and not is_constructor(arguments.model):
         raise SecateurError(
             f"{arguments.model} was saved with a constructor: give that, and its weights with --weights"
@@ -105,7 +106,6 @@ def run(words: Sequence[str]) -> None:
     check_out(arguments.out, overwrite=arguments.overwrite, source=source)
     track = common.track()
     how = {"tokenizer": tokenizer, "seed": common.seed, "track": track, **dataclasses.asdict(reading)}
-    used = arguments.data or ("self" if needs_data(method) else None)
     rows = None if used is None else batches_of(model, batches_from(used, "--data"), **how)
     given = batches_from(arguments.eval_data, "--eval-data")
     held_out = None if given is None else batches_of(model, given, **how)
@@ -117,27 +117,20 @@ def run(words: Sequence[str]) -> None:
         options["seed"] = common.seed
     if "stored_dtype" in taken and source is not None:
         options["stored_dtype"] = source.dtype
-    result = prune(
-        model, budget, method=method, data=rows, eval_data=held_out, inputs=inputs, name=arguments.model, track=track,
-        mend=arguments.mend, adapt_batch_norm=arguments.adapt_batch_norm, **options,
-    )  # fmt: skip
-    report = {**result.report, **provenance(["secateur", "prune", *words])}
-    report |= {
-        "bytes": {"dense": weight_bytes(model, source)},
-        "data": {"calibration": used, "evaluation": arguments.eval_data},
-    }
-    if source is not None and source.unused:
-        report["unused_tensors"] = list(source.unused)
-    report["options"] = {**report["options"], **_shown(arguments)}
-    stored_as(result.model, source)
-    built: dict[str, Any] = (
-        {"constructor": arguments.model, "arguments": arguments.making.arguments} if source is None else {}
-    )
-    no_page = save_with_page(
-        result.model, arguments.out, plan=result.plan, scores=result.scores, source=source, tokenizer=tokenizer,
-        report=report, overwrite=arguments.overwrite, **built,
-    )  # fmt: skip
+    settings = {**options, "mend": arguments.mend, "dtype": common.dtype, "seed": common.seed}
+    data = {"calibration": rows, "evaluation": held_out}
+    with contextlib.nullcontext() if stream is None else stream.running(model, budget, method, settings, data):
+        result = prune(
+            model, budget, method=method, data=rows, eval_data=held_out, inputs=inputs, name=arguments.model,
+            track=track, mend=arguments.mend, adapt_batch_norm=arguments.adapt_batch_norm, **options,
+        )  # fmt: skip
+        report = _report(result, arguments, words, model, source, used)
+        if stream is not None:
+            report["pipeline" if isinstance(stream, Piped) else "streamed"] = stream.told(model, result.model)
+        no_page = world.from_first(lambda: _save(result, arguments, report, source, tokenizer))
     how_to_load = _loading(result.model, constructed=source is None)
+    if stream is not None:
+        stream.finish()
 
     def draw(console: Console) -> None:
         _draw(console, report, arguments.out, how_to_load)
@@ -146,6 +139,66 @@ def run(words: Sequence[str]) -> None:
     common.show({"out": str(arguments.out), **report}, draw)
     if common.json:
         tell_missing(no_page)
+
+
+def _options(method: str) -> type[Any]:
+    """All options: those of the verb, and those of the method."""
+    without = ("score", "stored_dtype", "track", "inputs", "loss", "seed", "clock")
+    own = method_options(METHODS[method], without=without)
+    whole = dataclasses.make_dataclass(
+        "Whole",
+        [
+            ("arguments", Annotated[Arguments, Group]),
+            ("options", Annotated[own, Group], dataclasses.field(default_factory=own)),
+        ],
+        frozen=True,
+    )
+    whole.__doc__ = Arguments.__doc__
+    return whole
+
+
+def _save(
+    result: Result, arguments: Arguments, report: Mapping[str, Any], source: Source | None, tokenizer: Any
+) -> str | None:
+    """Write the result; returns why it has no page, None where it has one."""
+    stored_as(result.model, source)
+    built: dict[str, Any] = (
+        {"constructor": arguments.model, "arguments": arguments.making.arguments} if source is None else {}
+    )
+    return save_with_page(
+        result.model, arguments.out, plan=result.plan, scores=result.scores, source=source, tokenizer=tokenizer,
+        report=report, overwrite=arguments.overwrite, **built,
+    )  # fmt: skip
+
+
+def _streamed(
+    arguments: Arguments, method: str, options: Mapping[str, Any], budget: Budget, used: str | None
+) -> Streamed | Piped | None:
+    """Whether the model is streamed, or held by several processes; what cannot be is said before it is loaded."""
+    common, score = arguments.common, arguments.scoring.score
+    settings = {**options, "loss": arguments.loss, "adapt_batch_norm": arguments.adapt_batch_norm, "data": used}
+    settings |= {"score": None if score == Scoring.score else score}
+    more = {"mend": arguments.mend, "evaluation": arguments.eval_data}
+    found = piped(arguments.piping, arguments.model, method, settings | more, budget, device=common.device)
+    return found or streamed(
+        arguments.streaming, arguments.model, arguments.out, method=method, budget=budget, device=common.device,
+        settings=settings, dtype=common.dtype,
+    )  # fmt: skip
+
+
+def _report(
+    result: Result, arguments: Arguments, words: Sequence[str], model: Any, source: Source | None, used: str | None
+) -> dict[str, Any]:
+    """What was cut, from what, by which command."""
+    report = {**result.report, **provenance(["secateur", "prune", *words])}
+    report |= {
+        "bytes": {"dense": weight_bytes(model, source)},
+        "data": {"calibration": used, "evaluation": arguments.eval_data},
+    }
+    if source is not None and source.unused:
+        report["unused_tensors"] = list(source.unused)
+    report["options"] = {**report["options"], **_shown(arguments)}
+    return report
 
 
 def _check(arguments: Arguments, method: str) -> Budget:

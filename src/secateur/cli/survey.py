@@ -10,13 +10,16 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from secateur import world
 from secateur.cli import tables
 from secateur.cli.models import Making, batches_from, check_sources, inputs_of, open_model
 from secateur.cli.options import Common, Group, Reading, parse
 from secateur.cut.prove import discover
 from secateur.errors import SecateurError
+from secateur.load.shared import check_alike, check_enough
 from secateur.methods.searching import may_go
-from secateur.methods.survey import Survey, survey
+from secateur.methods.survey import Survey
+from secateur.methods.surveying import survey
 from secateur.methods.verbs import batches_of
 from secateur.ship.checkpoint import check_out, whole_folder
 from secateur.space import Axis
@@ -45,6 +48,8 @@ class Arguments:
     """Kinds, and patterns of axis or module names, to leave out."""
     damping: float = 1e-3
     """Share of the mean of the diagonal of X'X that is added to it."""
+    gradients: bool = True
+    """Weigh errors by what the model loses, by backward passes; else all outputs of all layers count alike."""
     overwrite: bool = False
     """Replace an existing survey in --out."""
     making: Annotated[Making, Group] = dataclasses.field(default_factory=Making)
@@ -66,21 +71,28 @@ def run(words: Sequence[str]) -> None:
     begin = time.perf_counter()
     space = discover(model, inputs)
     axes = may_go(space, [name for name, _ in model.named_modules()], arguments.only, arguments.ignore)
-    found = survey(
-        model, space, axes, rows, inputs=inputs, damping=arguments.damping, seed=common.seed, name=arguments.model,
-        track=common.track(),
-    )  # fmt: skip
+    with world.splitting():
+        check_enough(rows)
+        check_alike(rows)
+        found = survey(
+            model, space, axes, rows, inputs=inputs, damping=arguments.damping, gradients=arguments.gradients,
+            seed=common.seed, name=arguments.model, track=common.track(),
+        )  # fmt: skip
     seconds = time.perf_counter() - begin
-    try:
-        with whole_folder(target) as folder:
-            found.save(folder)
-    except OSError as error:
-        raise SecateurError(f"{arguments.out}: the survey cannot be written ({error})") from error
+    world.from_first(lambda: _save(found, target, arguments.out))
     kinds = _kinds(found)
     values: dict[str, Any] = {"out": str(arguments.out), "kinds": kinds, "left": dict(found.left), "seconds": seconds}
     if found.thin:
         values["fewer_rows_than_columns"] = list(found.thin)
     common.show(values, lambda console: _draw(console, found, kinds, arguments))
+
+
+def _save(found: Survey, target: Path, out: Path) -> None:
+    try:
+        with whole_folder(target) as folder:
+            found.save(folder)
+    except OSError as error:
+        raise SecateurError(f"{out}: the survey cannot be written ({error})") from error
 
 
 def _kinds(found: Survey) -> dict[str, dict[str, Any]]:

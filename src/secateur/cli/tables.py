@@ -39,6 +39,7 @@ def candidates(console: Console, search: Mapping[str, Any]) -> None:
     found = search["candidates"]
     names = list(found[0]["sizes"])
     routed = any(entry["active_params"] != entry["params"] for entry in found)
+    measured = search.get("measured", True)
     rows = [
         (
             f"{rank}" + (" chosen" if entry["chosen"] else ""),
@@ -46,16 +47,21 @@ def candidates(console: Console, search: Mapping[str, Any]) -> None:
             f"{entry['params']:,.0f}",
             *([f"{entry['active_params']:,.0f}"] if routed else []),
             bytes_text(entry["memory"]),
-            f"{entry['expected_kl']:.3f}",
-            f"{entry['score']:.4f}",
+            f"{entry['expected_kl' if measured else 'expected_loss']:.3f}",
+            *([f"{entry['score']:.4f}"] if measured else []),
         )
         for rank, entry in enumerate(found, start=1)
     ]
-    better = "higher" if search["higher_is_better"] else "lower"
     counts = ("parameters", "active") if routed else ("parameters",)
-    columns = ("rank", *search["kinds"], *counts, "memory", "expected KL", search["score"])
+    columns = ["rank", *search["kinds"], *counts, "memory"]
+    if not measured:
+        what = f"the best of {search['feasible']:,} architectures within the budget, by importance alone: not measured"
+        table(console, what, (*columns, "expected loss"), rows)
+        return
+    better = "higher" if search["higher_is_better"] else "lower"
     what = f"{len(rows)} of {search['feasible']:,} architectures within the budget, by expected KL"
-    table(console, f"{what}; measured: {search['score']} ({better} is better)", columns, rows)
+    measure = f"measured: {search['score']} ({better} is better)"
+    table(console, f"{what}; {measure}", (*columns, "expected KL", search["score"]), rows)
 
 
 def front(console: Console, report: Mapping[str, Any]) -> None:

@@ -7,25 +7,32 @@ result is traced again, and its shapes, sizes and constants must be those that t
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from secateur.choose.cost import gone_parameters
 from secateur.choose.plan import Plan
 from secateur.cut.masks import masked
 from secateur.cut.names import new_name, renumbered
 from secateur.cut.record import remember
 from secateur.cut.solve import configs_for, shapes_of
 from secateur.cut.surgery import operate
-from secateur.cut.tensors import cut_tensors
+from secateur.cut.tensors import cut_tensors, cutter, kept_rows
 from secateur.cut.verify import mismatch
 from secateur.errors import SecateurError
+from secateur.load.megatron import closed, is_megatron, opened, token_inputs
 from secateur.load.model import quiet_transformers
+from secateur.load.store import Entry, Store, drop_hooks, made, store_of
 from secateur.space import Space, discover
 from secateur.space.inputs import example_inputs
 from secateur.space.trace import Inputs
+
+Fold = Callable[[torch.Tensor], torch.Tensor]
+Folds = dict[str, Fold]
+"""Parameter of the cut model -> what its values become, so that a factor which the config loses stays."""
 
 
 def apply(model: nn.Module, plan: Plan, *, space: Space | None = None, inputs: Inputs = None) -> nn.Module:
@@ -47,6 +54,8 @@ def apply(model: nn.Module, plan: Plan, *, space: Space | None = None, inputs: I
     """
     if plan.only_masks:
         return masked(model, plan.masks)
+    if is_megatron(model):
+        return closed(apply(opened(model), plan, space=space, inputs=token_inputs(inputs)))
     if plan.origin.get("basis"):
         raise SecateurError(f"the plan counts units of a {plan.origin['basis']} stream: load its own result instead")
     if inputs is None:
@@ -54,11 +63,17 @@ def apply(model: nn.Module, plan: Plan, *, space: Space | None = None, inputs: I
     space = space or discover(model, inputs)
     plan.check(space)
     tensors = sliced(model, plan, space)
-    new = stock_model(model, plan, space, tensors)
+    found = stock_model(model, plan, space, tensors)
+    new, folds = found if found is not None else (None, {})
     if new is None or mismatch(new, plan, space, inputs) is not None:
-        new = operate(model, plan, space, tensors, inputs)
+        new, folds = operate(model, plan, space, tensors, inputs), {}
         remember(model, new, plan, space)
     moved = renumbered(space, plan)
+    store = store_of(model)
+    if store is None:
+        _fold(new, folds)
+    else:
+        _stream(new, store, plan, space, folds)
     modes = {new_name(name, moved): module.training for name, module in model.named_modules()}
     for name, module in new.named_modules():
         module.training = modes.get(name, model.training)
@@ -74,11 +89,16 @@ def sliced(model: nn.Module, plan: Plan, space: Space) -> dict[str, torch.Tensor
     Raises:
         SecateurError: for a plan that removes nothing.
     """
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
+    buffers, streamed = dict(model.named_buffers()), store_of(model) is not None
+    if streamed:
+        parameters = {name: p.to("meta") for name, p in parameters.items()}
     tensors = cut_tensors(parameters, space, plan)
     smaller = sum(t.numel() for t in tensors.values()) < sum(p.numel() for p in parameters.values())
     if not smaller and not plan.masks:
         raise SecateurError("the plan removes no parameter: nothing would be smaller")
+    if streamed:  # memory that nobody writes to is not there
+        tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}
     tensors |= cut_tensors({name: buffers[name] for name in space.buffers}, space, plan)
     return {n: t.clone() if _same_memory(t, parameters.get(n)) else t for n, t in tensors.items()}
 
@@ -87,8 +107,39 @@ def _same_memory(new: torch.Tensor, old: torch.Tensor | None) -> bool:
     return old is None or new.data_ptr() == old.data_ptr()
 
 
-def stock_model(model: nn.Module, plan: Plan, space: Space, tensors: Mapping[str, torch.Tensor]) -> nn.Module | None:
-    """The cut model as the stock loader builds it from a config, or None where no config describes it."""
+def _stream(new: nn.Module, store: Store, plan: Plan, space: Space, folds: Folds) -> None:
+    """Let the weights of a cut model be made of those on disk, whenever they are loaded."""
+    cut, moved = cutter(space, plan), renumbered(space, plan)
+    touched = {name for name, _ in kept_rows(space, plan)} | set(plan.masks)
+    gone, parameters = gone_parameters(space, plan), dict(new.named_parameters())
+    entries: dict[str, Entry] = {}
+    for name, entry in store.entries.items():
+        after = str(new_name(name, moved))
+        fold = folds.get(after)
+        if name in gone:
+            continue
+        if name not in touched and fold is None:
+            entries[after] = entry
+            continue
+
+        def load(name: str = name, entry: Entry = entry, fold: Fold | None = fold) -> torch.Tensor:
+            value = cut(name, entry.load())
+            if value is None:
+                raise ValueError(f"{name} is gone")
+            return value if fold is None else fold(value).to(value.dtype)
+
+        entries[after] = made(load, parameters[after], entry.shards)
+    drop_hooks(new)
+    Store(new, entries, store.work / "cut", work=store.work, limit=store.limit)
+
+
+def stock_model(
+    model: nn.Module, plan: Plan, space: Space, tensors: Mapping[str, torch.Tensor]
+) -> tuple[nn.Module, Folds] | None:
+    """The cut model as the stock loader builds it from a config, or None where no config describes it.
+
+    Some of its weights are yet to take a factor; see `_restored`.
+    """
     config = getattr(model, "config", None)
     if not hasattr(type(model), "from_pretrained") or config is None or hasattr(config, "secateur"):
         return None  # no Hugging Face model, or one that was cut beyond what its config describes
@@ -100,7 +151,8 @@ def stock_model(model: nn.Module, plan: Plan, space: Space, tensors: Mapping[str
     if smaller is None:
         return None
     new = _load(model, smaller, state, kept, moved)
-    return new if _restore_scales(model, new, space, moved) else None
+    folds = _restored(model, new, space, moved)
+    return None if folds is None else (new, folds)
 
 
 def _load(
@@ -144,14 +196,15 @@ def _tied(model: nn.Module) -> Iterator[list[str]]:
     yield from by_id.values()
 
 
-def _restore_scales(model: nn.Module, new: nn.Module, space: Space, moved: dict[str, str | None]) -> bool:
-    """Whether every computed buffer means what it did; scalars that follow a size are folded into the weights.
+def _restored(model: nn.Module, new: nn.Module, space: Space, moved: dict[str, str | None]) -> Folds | None:
+    """What makes every computed buffer mean what it did; None where nothing does.
 
     Gemma multiplies embeddings by sqrt(hidden size): the factor that a smaller config loses goes into the embedding,
     and, where the head is tied to it, out of the last norm's weight.
     """
     after = dict(new.named_buffers())
     scales = {scale.buffer: scale for scale in space.scales}
+    folds: Folds = {}
     for name, old in model.named_buffers():
         current = after.get(str(new_name(name, moved)))
         if current is None or old.is_meta or current.is_meta:
@@ -159,25 +212,34 @@ def _restore_scales(model: nn.Module, new: nn.Module, space: Space, moved: dict[
         if name in space.buffers:
             continue
         if old.shape != current.shape:
-            return False
+            return None
         if torch.allclose(old.double(), current.to(old.dtype).double(), rtol=1e-6, atol=0):
             continue
         if name not in scales or old.numel() != 1:
-            return False
-        embedding = dict(new.named_parameters())[scales[name].embedding]
-        ratio = float(old.to(embedding.dtype)) / float(current.to(embedding.dtype))  # the model multiplies in its dtype
-        _fold(dict(new.named_parameters()), space, scales[name].embedding, ratio)
-    return True
+            return None
+        table = scales[name].embedding
+        kind = dict(new.named_parameters())[table].dtype
+        folds |= _folds(space, table, float(old.to(kind)) / float(current.to(kind)))  # it multiplies in its own type
+    return folds
 
 
-@torch.no_grad()
-def _fold(parameters: Mapping[str, nn.Parameter], space: Space, embedding: str, ratio: float) -> None:
-    table = parameters[embedding]
-    table.copy_(table.float() * ratio if table.dtype.itemsize < 4 else table * ratio)
+def _folds(space: Space, embedding: str, ratio: float) -> Folds:
+    """A factor that goes into an embedding, and out of the last norm where the head is tied to it."""
+    found: Folds = {embedding: lambda table: _wide(table) * ratio}
     if any(reader.parameter == embedding for reader in space.readers):
         last = space.norms[-1]
         if last.weight is None:
             raise SecateurError(f"the norm {last.module} before the tied head has no weight to take a factor")
-        weight = parameters[last.weight]
-        wide = weight.float() if weight.dtype.itemsize < 4 else weight
-        weight.copy_((wide + last.weight_offset) / ratio - last.weight_offset)
+        found[last.weight] = lambda weight: (_wide(weight) + last.weight_offset) / ratio - last.weight_offset
+    return found
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+@torch.no_grad()
+def _fold(new: nn.Module, folds: Folds) -> None:
+    parameters = dict(new.named_parameters())
+    for name, fold in folds.items():
+        parameters[name].copy_(fold(parameters[name]))

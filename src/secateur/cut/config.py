@@ -61,6 +61,9 @@ def field_of(config: Any, kind: str, size: int | None = None) -> str | None:
 
     With the model's `size`, only a name that has that value, or none yet: one word may mean another size elsewhere.
     """
+    own = getattr(config, "size_names", None)
+    if own is not None:  # a config that knows
+        return str(own[kind]) if kind in own else None
     for name in FIELDS[kind]:
         if hasattr(config, name) and (size is None or getattr(config, name) in (size, None)):
             return str(getattr(config, "attribute_map", {}).get(name, name))

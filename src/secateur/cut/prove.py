@@ -18,6 +18,7 @@ from secateur.choose.plan import Kept, Plan
 from secateur.cut.apply import apply, sliced
 from secateur.cut.surgery import operate, with_tensors
 from secateur.errors import SecateurError
+from secateur.load.megatron import is_megatron, opened, token_inputs
 from secateur.space import Axis, Block, Space
 from secateur.space import discover as traced
 from secateur.space.trace import Inputs, arguments
@@ -43,6 +44,8 @@ def discover(model: nn.Module, inputs: Inputs = None, *, prove: bool = True) -> 
     Raises:
         SecateurError: when the model cannot be traced.
     """
+    if is_megatron(model):
+        model, inputs = opened(model), token_inputs(inputs)
     space = traced(model, inputs)
     return proved(model, space, inputs) if prove and (space.axes or space.blocks) else space
 
@@ -67,7 +70,7 @@ def proved(model: nn.Module, space: Space, inputs: Inputs = None) -> Space:
             wrong = _trial(subject, plan, space, given)
         return wrong
 
-    if fault(space.axes, space.blocks) is None:
+    if fault(space.axes, space.blocks) is None and (not _untried(space) or fault(space.axes, ()) is None):
         return space
     bad: dict[str, str] = {}
     good_axes = _sound(space.axes, lambda axes: fault(axes, ()), bad)
@@ -75,6 +78,13 @@ def proved(model: nn.Module, space: Space, inputs: Inputs = None) -> Space:
     if fault(good_axes, good_blocks) is not None:  # each alone is sound, together they are not
         good_blocks = good_blocks if fault(good_axes, ()) is None else ()
     return without(space, good_axes, good_blocks, bad)
+
+
+def _untried(space: Space) -> bool:
+    """Whether some form of axis lies in none but blocks that the trial drops."""
+    dropped = trial_plan(space.axes, space.blocks, space.stacks).dropped
+    gone = {form(axis) for axis in space.axes if axis.block in dropped}
+    return not gone <= {form(axis) for axis in space.axes if axis.block not in dropped}
 
 
 def _trial(model: nn.Module, plan: Plan, space: Space, inputs: Inputs) -> str | None:

@@ -14,6 +14,7 @@ from secateur.cut.config import FIELDS, config_of, cut_lists, field_of, sizes_of
 from secateur.cut.names import new_name, renumbered
 from secateur.cut.verify import mismatch
 from secateur.errors import SecateurError
+from secateur.load.megatron import Opened
 from secateur.load.modeling_secateur import Idle, RemovedSublayer, SizedAttention
 from secateur.space import Block, Space
 from secateur.space.provenance import Attribute, holders, read, write
@@ -39,12 +40,15 @@ def operate(
     removed = [b for b in space.blocks if b.name in plan.dropped and b.kind != "layers"]
     _remove_sublayers(new, removed)
     _drop_layers(new, plan, space)
-    _set_config_sizes(new, plan, space)
+    if not isinstance(new, Opened):
+        _set_config_sizes(new, plan, space)
     moved = renumbered(space, plan)
     needed = followed(model, plan, space, free)
     _assign(new, needed, moved)
-    others = look_alikes(model, plan, space, free)
+    others = {} if isinstance(new, Opened) else look_alikes(model, plan, space, free)
     before = _assign(new, {k: v for k, v in others.items() if k not in needed}, moved)
+    if isinstance(new, Opened):
+        new.fit()  # it knows what its numbers mean
     wrong = mismatch(new, plan, space, inputs, free)
     if wrong is not None and before:  # one of the others meant something else
         _assign(new, before, moved)
@@ -74,6 +78,8 @@ def with_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Mo
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
         memo[id(parameter)] = nn.Parameter(tensors.get(name, torch.empty(0)), parameter.requires_grad)
+        noted = {key: value for key, value in vars(parameter).items() if not key.startswith("_")}
+        vars(memo[id(parameter)]).update(noted)  # Megatron's parameters say how they are sharded
     for name, buffer in model.named_buffers():
         if name in tensors:
             memo[id(buffer)] = tensors[name]

@@ -14,6 +14,7 @@ from secateur.cut.config import with_head_dim
 from secateur.cut.names import new_name, renumbered
 from secateur.cut.solve import Made, configs_for, shapes_of
 from secateur.errors import SecateurError
+from secateur.load.megatron import Opened
 from secateur.space import Space, evaluate
 from secateur.space.provenance import made_sizes
 
@@ -67,6 +68,8 @@ class Uniform:
             plan = plan_for_sizes(self.space, self.scores, sizes, dropped)
         except SecateurError:
             return False  # groups cannot share such a size
+        if isinstance(self.model, Opened):
+            return True  # each size has a field of its own
         gone, at, moved = gone_parameters(self.space, plan), lengths(self.space, plan), renumbered(self.space, plan)
         wanted = {
             str(new_name(name, moved)): tuple(int(evaluate(dim, at)) for dim in parameter.dims)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur import world
 from secateur.errors import SecateurError, nearest
+from secateur.load.pieces import Pieces, pieces_of, plain_pieces
 from secateur.load.place import DTYPES, find_device, find_dtype
 from secateur.load.structure import OWN_TYPE, recorded_classes
 
@@ -26,7 +28,6 @@ _VOCABULARY_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab*")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format, in bytes
-_CHUNK = 1 << 24  # elements that go through the hash at a time
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,8 @@ def load_model(
     """
     place, kind = find_device(device), find_dtype(dtype)
     source = find_source(name)
-    with quiet_transformers(), _reworded(f"{source.name}: transformers cannot load this model"):
-        from transformers import AutoConfig
-
-        known = _read_config(source.folder) if source.folder is not None else {}
-        cut = recorded_classes(known)
-        if cut is None:
-            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-        stock = cut[1] if cut is not None else _stock_class(known.get("architectures"), config)
-        model, info = stock.from_pretrained(
+    with quiet_transformers(), reworded(f"{source.name}: transformers cannot load this model"):
+        model, info = stock_of(source)[0].from_pretrained(
             source.folder,
             dtype="auto" if kind is None else kind,
             output_loading_info=True,
@@ -87,10 +81,21 @@ def load_model(
             local_files_only=True,
         )
     _check_loaded(model, info, source.name)
-    with _reworded(f"{source.name}: the model cannot be put on {device}"):
+    with reworded(f"{source.name}: the model cannot be put on {device}"):
         model = model.to(place).eval()
     check_finite(model, source.name)
-    return model, _load_tokenizer(source), replace(source, unused=tuple(sorted(info["unexpected_keys"])))
+    return model, load_tokenizer(source), replace(source, unused=tuple(sorted(info["unexpected_keys"])))
+
+
+def stock_of(source: Source) -> tuple[Any, Any]:
+    """The class of transformers (or, of a cut model, ours) that a checkpoint is of, and its config."""
+    from transformers import AutoConfig
+
+    known = _read_config(source.folder) if source.folder is not None else {}
+    cut = recorded_classes(known)
+    kind: Any = AutoConfig if cut is None else cut[0]
+    config = kind.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+    return (_stock_class(known.get("architectures"), config) if cut is None else cut[1]), config
 
 
 def _stock_class(architectures: Any, config: Any) -> Any:
@@ -111,7 +116,7 @@ def model_config(name: str | Path) -> Any:
     """
     folder, _ = _find_folder(name, weights=False)
     cut = recorded_classes(_read_config(folder))
-    with quiet_transformers(), _reworded(f"{name}: transformers does not take this config"):
+    with quiet_transformers(), reworded(f"{name}: transformers does not take this config"):
         from transformers import AutoConfig
 
         kind: Any = AutoConfig if cut is None else cut[0]
@@ -126,7 +131,7 @@ def meta_model(name: str | Path) -> nn.Module:
     """
     config = model_config(name)
     kind = find_dtype(getattr(config, "dtype", None)) or torch.float32
-    with quiet_transformers(), _reworded(f"{name}: transformers cannot build this model"), torch.device("meta"):
+    with quiet_transformers(), reworded(f"{name}: transformers cannot build this model"), torch.device("meta"):
         cut = recorded_classes(vars(config))
         if cut is not None:
             model = cut[1]._from_config(config, dtype=kind)
@@ -167,7 +172,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _reworded(what: str) -> Iterator[None]:
+def reworded(what: str) -> Iterator[None]:
     """Say in one line what went wrong inside of transformers, whose errors have no common type."""
     try:
         yield
@@ -178,13 +183,14 @@ def _reworded(what: str) -> Iterator[None]:
         raise SecateurError(f"{what}: {text[:500] or type(error).__name__}") from error
 
 
-def _load_tokenizer(source: Source) -> Any | None:
+def load_tokenizer(source: Source) -> Any | None:
+    """The tokenizer of a model folder; None where there are no files of one."""
     folder = source.folder
     if folder is None or not any(any(folder.glob(pattern)) for pattern in _VOCABULARY_FILES):
         return None
     from transformers import AutoTokenizer
 
-    with quiet_transformers(), _reworded(f"{source.name}: transformers cannot load the tokenizer"):
+    with quiet_transformers(), reworded(f"{source.name}: transformers cannot load the tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
@@ -237,7 +243,7 @@ def _download(name: str, *, weights: bool) -> Path:
     def fetch(*patterns: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
 
-    with _reworded(f"{name}: no such local folder, and the hub cannot be reached"):
+    with reworded(f"{name}: no such local folder, and the hub cannot be reached"):
         try:
             if not weights:
                 return fetch("config.json")
@@ -382,17 +388,19 @@ def check_finite(model: nn.Module, name: str) -> None:
     Raises:
         SecateurError: Names the first bad tensor, and how many of its values are bad.
     """
+    pieces = pieces_of(model)
     for key, parameter in model.named_parameters():
-        if parameter.numel() == 0 or parameter.is_meta or not parameter.is_floating_point():
+        if parameter.is_meta or not parameter.is_floating_point():
             continue
-        values = parameter.detach()
-        values = values.float() if values.itemsize == 1 else values
-        # One pass without a copy; NaN wins over every number.
-        if bool(torch.stack(torch.aminmax(values)).isfinite().all()):
-            continue
-        nan, bad = int(values.isnan().sum()), int((~values.isfinite()).sum())
-        what = "NaN" if nan else "infinity"
-        raise SecateurError(f"{name}: {what} in the weights: {key} ({bad:,} of {values.numel():,} values are bad)")
+        nan = bad = 0
+        for piece in pieces(parameter):
+            values = piece.float() if piece.itemsize == 1 else piece
+            # One pass without a copy; NaN wins over every number.
+            if not bool(torch.stack(torch.aminmax(values)).isfinite().all()):
+                nan, bad = nan + int(values.isnan().sum()), bad + int((~values.isfinite()).sum())
+        if bad:
+            what, of = "NaN" if nan else "infinity", parameter.numel()
+            raise SecateurError(f"{name}: {what} in the weights: {key} ({bad:,} of {of:,} values are bad)")
 
 
 # --- fingerprints ---
@@ -416,13 +424,18 @@ def fingerprint(model: nn.Module) -> str:
         content = _without_origin(json.loads(config.to_json_string(use_diff=False)))
         digest.update(json.dumps(content, sort_keys=True).encode())
     seen: dict[int, str] = {}
+    pieces = pieces_of(model)
+    staged = getattr(model, "stages", None) is not None
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if staged and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            continue  # another stage of the pipeline has it
         if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
             seen[id(tensor)] = name
-            _add(digest, name, tensor)
+            _add(digest, name, tensor, pieces)
         elif isinstance(tensor, torch.Tensor):
             digest.update(f"\n{name} = {seen[id(tensor)]}".encode())
-    return digest.hexdigest()
+    own = digest.hexdigest()
+    return hashlib.sha256("".join(world.gathered(own)).encode()).hexdigest() if staged else own
 
 
 def fingerprint_data(batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> str:
@@ -453,13 +466,12 @@ def _without_origin(config: Any) -> Any:
     return {key: value.removeprefix(OWN_TYPE) if key == "model_type" else value for key, value in content.items()}
 
 
-def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
+def _add(digest: Any, name: str, tensor: torch.Tensor, pieces: Pieces = plain_pieces) -> None:
     if tensor.is_meta:
         raise SecateurError(f"{name or 'a tensor'} is on the meta device and has no values: no fingerprint of it")
     digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-    flat = tensor.detach().reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        digest.update(flat[start : start + _CHUNK].cpu().contiguous().view(torch.uint8).numpy())
+    for piece in pieces(tensor):
+        digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
 
 
 def sliding_window(config: Any) -> Callable[[str], int | None]:

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
+from secateur import world
 from secateur.errors import SecateurError
 from secateur.load.data import Tokenizer
 from secateur.load.functions import find_function
 from secateur.load.mode import evaluating
+from secateur.load.shared import shared
 from secateur.progress import Track, quiet
 
 if TYPE_CHECKING:
@@ -84,11 +86,13 @@ def perplexity(model: nn.Module, batches: Sequence[Batch], track: Track = quiet)
         SecateurError: No token is predicted, or the logits are NaN.
     """
     loss, tokens = 0.0, 0
-    with evaluating(model), torch.inference_mode():
-        for index, batch in enumerate(track(_some(batches), "perplexity")):
+    own = _some(batches)
+    with world.as_one(), evaluating(model), torch.inference_mode():
+        for index, batch in enumerate(track(own, "perplexity")):
             batch_loss, batch_tokens = _loss(model, logits_of(model, batch), batch, index)
             loss, tokens = loss + batch_loss, tokens + batch_tokens
-    return _perplexity(loss, tokens)
+    whole, count = _over_all(loss, tokens)
+    return _perplexity(whole, int(count))
 
 
 class Reference:
@@ -98,9 +102,9 @@ class Reference:
     the dense model must stay as it is: `compare` finds out when it was changed in place.
 
     Attributes:
-        batches: What was measured.
-        perplexity: The dense model's perplexity over them.
-        tokens: Predicted tokens in them.
+        batches: What was measured; of data that is split among processes, this one's share.
+        perplexity: The dense model's perplexity over all that was measured.
+        tokens: Predicted tokens in it.
         kept: Whether the logits are in memory.
     """
 
@@ -122,7 +126,7 @@ class Reference:
         self._logits: list[torch.Tensor] = []
         self._losses: list[float] = []
         size, self.kept, self.tokens = 0, True, 0
-        with evaluating(model), torch.inference_mode():
+        with world.as_one(), evaluating(model), torch.inference_mode():
             for index, batch in enumerate(track(self.batches, "dense reference")):
                 logits = logits_of(model, batch)
                 loss, tokens = _loss(model, logits, batch, index)
@@ -134,7 +138,9 @@ class Reference:
                     self._logits.append(logits)
                 else:
                     self._logits.clear()
-        self.perplexity = _perplexity(sum(self._losses), self.tokens)
+        whole, count = _over_all(sum(self._losses), self.tokens)
+        self.tokens = int(count)
+        self.perplexity = _perplexity(whole, self.tokens)
         self._model = None if self.kept else model
 
     def logits(self, index: int) -> torch.Tensor:
@@ -188,6 +194,23 @@ def compare(model: nn.Module, reference: Reference, track: Track = quiet) -> Com
     Raises:
         SecateurError: The vocabularies differ, the logits are NaN, or the dense model was changed in place.
     """
+    with world.as_one():
+        own = _sums_against(model, reference, track)
+    loss, kl, agree, tokens = _over_all(*own)
+    return Comparison(_perplexity(loss, int(tokens)), reference.perplexity, kl / tokens, agree / tokens, int(tokens))
+
+
+def _over_all(*sums: float) -> tuple[float, ...]:
+    """Sums over all processes, where data is split among them."""
+    if not world.split():
+        return sums
+    found = torch.tensor(sums, dtype=torch.float64)
+    world.add_up([found])
+    return tuple(found.tolist())
+
+
+def _sums_against(model: nn.Module, reference: Reference, track: Track) -> tuple[float, float, float, float]:
+    """Loss, KL and equal first choices, summed over the predicted tokens, and how many those are."""
     loss = kl = agree = 0.0
     tokens = 0
     for index, batch in enumerate(track(reference.batches, "comparing with the dense model")):
@@ -211,7 +234,7 @@ def compare(model: nn.Module, reference: Reference, track: Track = quiet) -> Com
                 agree += float((model_TV.argmax(-1) == dense_TV.argmax(-1)).sum())
                 loss += float(losses_T.sum(dtype=torch.float64))
                 tokens += len(target_T)
-    return Comparison(_perplexity(loss, tokens), reference.perplexity, kl / tokens, agree / tokens, tokens)
+    return loss, kl, agree, tokens
 
 
 def row_sums(
@@ -270,7 +293,7 @@ def prediction_sums(logits_TV: torch.Tensor, target_T: torch.Tensor, dense_TV: t
 def _some(batches: Sequence[Batch]) -> Sequence[Batch]:
     if len(batches) == 0:
         raise SecateurError("there are no batches to measure on; give at least one")
-    return batches
+    return shared(batches, "the data to measure on") if world.split() else batches
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

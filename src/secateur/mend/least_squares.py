@@ -5,6 +5,7 @@ for Accelerating Very Deep Neural Networks" (arXiv:1707.06168), repair channels 
 is that of An et al. 2024, "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (arXiv:2312.11983).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,17 @@ class Moments:
         """Nothing added up yet, for n inputs and m targets."""
         shapes = ((n, n), (n, m), (n,), (m,), (m,))
         return cls(0, *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All sums, by name; those of several lots add up to those of all."""
+        rows = torch.tensor(float(self.rows), dtype=torch.float64)
+        named = {name: getattr(self, name) for name in ("squares", "cross", "inputs", "targets", "energy")}
+        return {"rows": rows, **named}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> "Moments":
+        """What `tensors` gave."""
+        return cls(int(tensors["rows"]), **{name: x for name, x in tensors.items() if name != "rows"})
 
     def add(self, x: torch.Tensor, t: torch.Tensor) -> None:
         """Take in rows x [k, n] and t [k, m]: products in their own type, sums over calls in float64."""

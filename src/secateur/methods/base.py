@@ -24,7 +24,9 @@ class Decision:
     details: Mapping[str, Any] = field(default_factory=dict)
     """What the report tells beside the plan: candidates, calibration, seconds. JSON values only."""
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What the method repaired: parameters of the cut model and their new values."""
+    """What the method repaired: parameters of the cut model and their new values. Empty where `pruned` has them."""
+    pruned: nn.Module | None = None
+    """The cut model with all repairs, where deciding has made it already: nothing is left to apply."""
     scores: MaskScores | None = None
     """What masks were chosen by, where the method was asked to keep that."""
     base: nn.Module | None = None

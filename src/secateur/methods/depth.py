@@ -29,6 +29,7 @@ from secateur.progress import Track, quiet
 from secateur.score.influence import influence
 from secateur.space import Block, Space
 from secateur.space.trace import Inputs
+from secateur.walk import each, remembered, way
 
 WHAT: Mapping[str, tuple[str, ...]] = {
     "layers": ("layers",),
@@ -84,9 +85,11 @@ def depth(
     workload = Workload(kv_batch, kv_seq_len, sliding_window(getattr(model, "config", None)), stored_dtype)
     goal = Goal(space, workload, budget, count)
     goal.check(blocks)
-    known = influence(model, data, blocks, track=track)
-    closeness = Closeness(model, first_samples(data, score_samples), track=track)
-    search = _Search(model, space, inputs, [block.name for block in blocks], known, closeness, goal, proposals, track)
+    known = influence(model, data, blocks, track=track, through=way(model, "influence", track))
+    rows = first_samples(data, score_samples)
+    closeness = Closeness(model, rows, track=track, runs=each(model, "distances"))
+    distance = remembered(model, closeness, "distances")
+    search = _Search(model, space, inputs, [block.name for block in blocks], known, distance, goal, proposals, track)
     dropped, steps = search.run()
     target = {m: {"limit": limit, "reached": goal.costs(dropped)[m]} for m, limit in goal.limits.items()}
     told: dict[str, Any] = {"what": what, "distance": closeness.measure, "influence": known, "steps": steps}

@@ -30,6 +30,7 @@ from secateur.methods.ranking import (
 from secateur.progress import Track, quiet
 from secateur.score.fluctuation import fluctuation, standardised
 from secateur.space.trace import Inputs
+from secateur.walk import way
 
 SCOPES = ("global", "local")
 
@@ -88,7 +89,7 @@ def flap(
     within = range_of(model, space, axes, keep_at_least, limits, round_to)
     workload = Workload(kv_batch, kv_seq_len, sliding_window(getattr(model, "config", None)), stored_dtype)
     costs, allowed = limited(space, workload, budget)
-    scores = fluctuation(model, space, data, axes, track=track)
+    scores = fluctuation(model, space, data, axes, track=track, through=way(model, "fluctuations", track))
     check_finite(scores, "flap")
     scored = time.perf_counter()
     alike = uniform if uniform is not None else is_pretrained(model)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur import world
 from secateur.choose.plan import Plan
 from secateur.errors import SecateurError
 from secateur.load.batches import Batch, default_loss
-from secateur.load.feed import Feed, Given, Rows, used_numbers
+from secateur.load.feed import Feed, Given
 from secateur.load.model import fingerprint
 from secateur.load.place import find_dtype
 from secateur.methods.feeding import (
@@ -25,19 +26,20 @@ from secateur.methods.feeding import (
     order_of,
     steps_of,
     training_feed,
-    vocabulary_of,
 )
+from secateur.methods.teachers import same_vocabulary, teachers, there
 from secateur.methods.verbs import LOADING, Data
 from secateur.progress import Track, quiet
+from secateur.train import sharded
 from secateur.train.adapters import adapted, merged
 from secateur.train.features import matched
 from secateur.train.loop import Work, fit
-from secateur.train.objective import EVALUATED_TOP_K, Distilling, Loss, Objective, Plain, Quality, own_metric
+from secateur.train.objective import Distilling, Loss, Objective, Plain, Quality, own_metric
 from secateur.train.optimize import proposed_rate
 from secateur.train.settings import Distillation, Training, settings_from
+from secateur.train.shares import check_shares, shared
 from secateur.train.sparsity import Sparsity, sparsify
 from secateur.train.state import seeded
-from secateur.train.teacher import CACHED_TOP_K, Cached, Live, Teacher, cache
 
 MASKED_FROM = 0.05
 """Share of zeros from which a weight counts as masked: weights that were never pruned have a few by chance."""
@@ -51,11 +53,13 @@ class Healed:
     """A model that was trained, and how that went."""
 
     model: nn.Module
-    """A new one, in evaluation mode, of the dtypes of the one given."""
+    """A new one, in evaluation mode, of the dtypes of the one given. Of several processes, the first one has its
+    weights, and it is on the meta device in the others."""
     report: Mapping[str, Any]
     """JSON values only; see `distill`."""
 
 
+@world.told()
 @seeded(0)  # so that the caller's random numbers go on as before
 def distill(
     teacher: nn.Module | None,
@@ -75,6 +79,9 @@ def distill(
     By default: forward KL of all logits at temperature 1, no cross entropy, AdamW at a rate proposed from the cut,
     linear decay to a tenth, one pass over the data. Zeros of a masked student stay zero. Of the run the weights of the
     best evaluation are kept: those closest to the teacher, or with `ce` the lowest perplexity (the highest accuracy).
+
+    Of several processes (torchrun) all call it with the same arguments; both models are spread over them (FSDP2), and
+    batches and steps stay those of one process.
 
     Args:
         teacher: the dense model; None where `cache` is whole. It stays as it is.
@@ -104,7 +111,7 @@ def distill(
     settings, losses, teacher, feed = ask.settings, ask.losses, ask.teacher, ask.feed
     pairs: Sequence[tuple[str, str]] = ()
     if losses.hidden or losses.attention:
-        pairs = matched(_there(teacher), student, losses.layers, plan)
+        pairs = matched(there(teacher), student, losses.layers, plan)
     objective = Distilling(ask.source, losses, pairs)
     quality = None if ask.held_out is None else Quality(ask.held_out, ask.judge, by_teacher=not losses.ce, track=track)
     with (
@@ -112,7 +119,8 @@ def distill(
         seeded(settings.seed),
     ):
         run = _Training(student, settings, ask.cut, None, 0.0, shows_attention=losses.attention > 0)
-        objective.begin(run.model, *next(feed.batches(0)))
+        with sharded.computing(run.trained):
+            objective.begin(run.trained, *next(shared(feed).batches(0)))
         identity = {
             **_said(losses),
             **ask.source.identity,
@@ -126,6 +134,7 @@ def distill(
     return Healed(healed.model, {**healed.report, "teacher": told})
 
 
+@world.told()
 @seeded(0)
 def cache_teacher(
     teacher: nn.Module,
@@ -174,22 +183,29 @@ class _Asking:
             raise SecateurError("give the teacher, or a cache of its logits")
         if self.settings.patience is not None and eval_data is None:
             raise SecateurError(_PATIENCE)
+        sharded.check_plain(student, "student")
         if teacher is not None:
-            _same_vocabulary(teacher, student)
+            sharded.check_plain(teacher, "teacher")
+            same_vocabulary(teacher, student)
         kind = find_dtype(teacher_dtype)
-        if teacher is not None and kind is not None:
+        own = teacher is not None and kind is not None and not sharded.is_sharded(teacher)
+        if teacher is not None and own:
             teacher = copy.deepcopy(teacher).to(kind)
-        self.teacher = teacher
         self.feed = training_feed(student, data, self.settings, loading)
+        check_shares(self.feed)
+        if teacher is not None and world.size() > 1 and not sharded.is_sharded(teacher):
+            teacher = sharded.shard(teacher if own else sharded.twin(teacher))
+        self.teacher = teacher
         self.steps = steps_of(self.settings, self.feed)
         self.held_out = held_out_batches(student, eval_data, loading, track)
-        self.source, self.judge = _teachers(
+        self.source, self.judge = teachers(
             teacher, folder, self.feed, self.held_out, self.steps, self.settings, self.losses, track
         )
-        own = sum(p.numel() for p in student.parameters())
-        self.cut = max(0.0, 1 - own / max(1, self.source.identity["params"]))
+        left = sum(p.numel() for p in student.parameters())
+        self.cut = max(0.0, 1 - left / max(1, self.source.identity["params"]))
 
 
+@world.told()
 @seeded(0)
 def finetune(
     model: nn.Module,
@@ -212,10 +228,12 @@ def finetune(
     Args:
         model: it stays as it is; but where `sparsity` is given, its model is trained in place.
         data: as for `distill`.
-        loss: called as ``loss(model, batch)``, returns one number; None = cross entropy of (inputs, class numbers), or
+        loss: called as ``loss(model, batch)``, returns one number (of several processes, a mean over the rows that
+            each has); None = cross entropy of (inputs, class numbers), or
             the model's own loss of token rows and of mappings with ``labels``.
         eval_data: held-out data: perplexity, or accuracy and loss.
-        evaluate: called as ``evaluate(model)``, in place of `eval_data`; returns one number.
+        evaluate: called as ``evaluate(model)``, in place of `eval_data`; returns one number. Of several processes all
+            call it, with a model that is spread over them, and what the first returns counts.
         higher_is_better: of that number.
         sparsity: masks made by `sparsify` over this model, which move with the steps and are folded at the end.
         lr_scores: learning rate of their scores, where they learn any.
@@ -234,11 +252,18 @@ def finetune(
         raise SecateurError("evaluate and eval_data both say how good the model is: give one of them")
     if settings.patience is not None and evaluate is None and eval_data is None:
         raise SecateurError(_PATIENCE)
+    sharded.check_plain(model, "model")
+    if sparsity is not None and world.size() > 1:
+        raise SecateurError(
+            "masks that move need whole weights, which no process has when several train one model: train in one "
+            "process, or prune first: zeros that are there are held"
+        )
     if sparsity is not None and settings.lora is not None:
         raise SecateurError("lora trains no weights, and sparsity masks them: give one of them")
     if sparsity is not None and sparsity.scores() and settings.optimizer == "muon":
         raise SecateurError("optimizer muon is for weights alone, and this sparsity learns scores: take adamw")
     feed = training_feed(model, data, settings, loading)
+    check_shares(feed)
     steps = steps_of(settings, feed)
     held_out = held_out_batches(model, eval_data, loading, track)
     quality: Any = None if held_out is None else Quality(held_out, track=track)
@@ -266,7 +291,12 @@ class _Own:
 
 
 class _Training:
-    """A model made ready for training, and what undoes that."""
+    """A model made ready for training, and what undoes that.
+
+    Attributes:
+        model: a copy of the one given, which gets the trained weights.
+        trained: what is trained: the same; of several processes, one that is spread over them.
+    """
 
     def __init__(
         self, given: nn.Module, settings: Training, cut: float, sparsity: Sparsity | None, lr_scores: float, *,
@@ -274,14 +304,15 @@ class _Training:
     ) -> None:  # fmt: skip
         self.settings, self._own, self._lr_scores = settings, sparsity is None, lr_scores
         self._print = fingerprint(given)
-        model = copy.deepcopy(given) if self._own else given
+        alone = world.size() == 1
+        model = given if not self._own else copy.deepcopy(given) if alone else sharded.twin(given)
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._kinds = {name: t.dtype for name, t in tensors if t.dtype in (torch.float16, torch.bfloat16)}
         if self._kinds and not self._own:
             raise SecateurError(
                 "this model is in half precision, which training loses small steps in: .float() it first"
             )
-        _cast(model, dict.fromkeys(self._kinds, torch.float32))
+        _cast(model, dict.fromkeys(self._kinds, torch.float32) if alone else {})
         self._eager = _set_attention(model, "eager") if shows_attention else None
         masks = _masks(model) if self._own else {}
         if masks and settings.lora is not None:
@@ -293,7 +324,11 @@ class _Training:
         self.sparsity = sparsify(model, method="fixed", masks=masks) if masks else sparsity
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self._adapters = None if settings.lora is None else adapted(model, settings.lora)
-        self.model = model
+        self.model = self.trained = model
+        if not alone:
+            self.trained = sharded.shard(
+                sharded.twin(model), precision=settings.precision, dtype=torch.float32, trains=True
+            )
         left = sum(p.numel() for p in model.parameters() if p.requires_grad)
         zeros = sum(int((~mask).sum()) for mask in masks.values())
         cut = max(cut, zeros / max(1, left))
@@ -317,7 +352,17 @@ class _Training:
             sparsity=self.sparsity, rate_of_scores=self._lr_scores, folder=None if folder is None else Path(folder),
             identity=every, track=track, what=what,
         )  # fmt: skip
-        done = fit(self.model, objective, feed, work)
+        for other in world.gathered(every):
+            for key, value in every.items():
+                if other[key] != value:
+                    raise SecateurError(f"{key} is not the same in all processes: all must be given the same")
+        done = fit(self.trained, objective, feed, work)
+        after: Any = None
+        if world.size() > 1:  # no process will have use of the whole model for this
+            sharded.round_to(self.trained, self._kinds)
+            with sharded.computing(self.trained):
+                after = quality(self.trained) if quality is not None and self._kinds else None
+            sharded.gather(self.trained, self.model)
         model = self._finished()
         per_step = None if feed.tokens is None else feed.tokens * settings.accumulate
         report: dict[str, Any] = {"method": method, "settings": dict(shown), "steps": done.steps}
@@ -325,7 +370,9 @@ class _Training:
         if quality is not None:
             kept = next(entry["held_out"] for entry in done.history if entry["step"] == done.best)
             # Weights that go back to half precision are measured as they are then.
-            after = quality(model) if self._kinds or self._adapters is not None else kept
+            if after is None:
+                changed = world.size() == 1 and (self._kinds or self._adapters is not None)
+                after = quality(model) if changed else kept
             report |= {"before": done.history[0]["held_out"], "after": after}
         report |= {"best": done.best, "stopped": done.stopped, "diverged": done.diverged, "resumed": done.resumed}
         report |= {"masks": self.masks, "history": list(done.history), "logs": list(done.logs), "seconds": done.seconds}
@@ -343,78 +390,6 @@ class _Training:
             _set_attention(model, self._eager)
         _cast(model, self._kinds)
         return model.eval()
-
-
-# --- teachers ---
-
-
-def _teachers(
-    teacher: nn.Module | None, folder: Path | None, feed: Feed, held_out: Sequence[Batch] | None, steps: int,
-    settings: Training, losses: Distillation, track: Track,
-) -> tuple[Teacher, Teacher | None]:  # fmt: skip
-    """Who is asked in training, and who about held-out data, at temperature 1."""
-    who: dict[str, Any] = {"teacher": "", "params": 0}
-    if teacher is not None:
-        who = {"teacher": fingerprint(teacher), "params": sum(p.numel() for p in teacher.parameters())}
-    if folder is None:
-        live = _there(teacher)
-        asks = None if held_out is None else Live(live, 1.0, EVALUATED_TOP_K, who)
-        return Live(live, losses.temperature, losses.top_k, who), asks
-    if not isinstance(feed, Rows | Given):
-        raise SecateurError(
-            "cache: a data loader makes its batches anew in every epoch: give a list of batches or rows"
-        )
-    numbers = used_numbers(feed, steps * settings.accumulate)
-    wanted = {**who, "data": data_print(feed), "temperature": losses.temperature}
-    wanted["top_k"] = losses.top_k or CACHED_TOP_K
-    size = feed.batch_size if isinstance(feed, Rows) else 1
-    source = _kept(teacher, feed, numbers, folder / "train", wanted, size, track)
-    if held_out is None:
-        return source, None
-    own = Given(held_out, 0)
-    asked = {**who, "data": data_print(own), "temperature": 1.0, "top_k": EVALUATED_TOP_K}
-    judge = _kept(teacher, own, range(len(held_out)), folder / "held-out", asked, 1, track)
-    return source, judge
-
-
-def _kept(
-    teacher: nn.Module | None, feed: Rows | Given, numbers: Sequence[int], folder: Path, wanted: Mapping[str, Any],
-    size: int, track: Track,
-) -> Cached:  # fmt: skip
-    """The cache of a teacher's logits, made where it is not there yet."""
-    if not (folder / "meta.json").exists():
-        if teacher is None:
-            raise SecateurError(f"{folder}: no cache of a teacher's logits is there: give the teacher, and it is made")
-        return cache(teacher, feed, list(numbers), folder, wanted, batch_size=size, track=track)
-    found = Cached(folder)
-    for key, value in wanted.items():
-        if found.identity[key] != value and not (key in ("teacher", "params") and teacher is None):
-            what = {"teacher": "another teacher", "data": "other data"}
-            raise SecateurError(
-                f"{folder} holds logits of {what.get(key, f'{key} {found.identity[key]}, not {value}')}: "
-                "give another folder for the cache, or remove this one"
-            )
-    missing = found.lacks(numbers)
-    if missing:
-        raise SecateurError(
-            f"{folder} lacks {missing} of the {len(numbers)} rows that this run needs (it is longer, or draws them by "
-            "another seed): give another folder for the cache, or remove this one"
-        )
-    return found
-
-
-def _same_vocabulary(teacher: nn.Module, student: nn.Module) -> None:
-    sizes = [vocabulary_of(model) for model in (teacher, student)]
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise SecateurError(
-            f"the teacher has a vocabulary of {sizes[0]} and the student one of {sizes[1]}: both need one tokenizer"
-        )
-
-
-def _there(teacher: nn.Module | None) -> nn.Module:
-    if teacher is None:
-        raise SecateurError("give the teacher: nothing is cached in its place")
-    return teacher
 
 
 # --- the model ---

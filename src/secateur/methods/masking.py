@@ -1,31 +1,35 @@
 """What the methods that make masks share: which weights, how much of each, and the way through the model."""
 
-import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from secateur import world
 from secateur.choose.allocate import Allocation, read_allocation, shares
 from secateur.choose.budget import Budget
-from secateur.choose.mask import Layout, mask_matrix, masks_of, zeros_of
+from secateur.choose.mask import Layout, mask_matrix, masks_each, zeros_of
+from secateur.choose.packed import PackedMasks, packed
 from secateur.choose.plan import Plan
 from secateur.choose.rescore import MaskScores
 from secateur.errors import SecateurError
-from secateur.load.batches import Batch, run, samples_of, size_of
-from secateur.load.mode import evaluating
+from secateur.load.batches import Batch, samples_of, size_of
+from secateur.load.pieces import pieces_of
+from secateur.load.shared import shared
+from secateur.load.store import copy_of, held
+from secateur.load.through import shown, whole_passes
 from secateur.methods.base import Decision
 from secateur.progress import Track
-from secateur.score.grams import Gram, Read, grams
+from secateur.score.grams import Gram, Read, grams, grams_through
 from secateur.score.outliers import outliers
-from secateur.space.products import plain_attention
 from secateur.space.trace import Inputs
 from secateur.space.weights import Weight, Weights, blocks_of, maskable
-from secateur.walk import walk
+from secateur.walk import Stage, walk
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,9 @@ def task(model: nn.Module, budget: Budget, data: Sequence[Batch], which: Which, 
     if inputs is None and data:
         inputs = inputs_from(model, samples_of(data[0])[0])
     weights = maskable(model, inputs, only=which.only, ignore=which.ignore)
-    parameters = dict(model.named_parameters())
+    parameters, pieces = dict(model.named_parameters()), pieces_of(model)
     for weight in weights:
-        if not bool(torch.isfinite(parameters[weight.name]).all()):
+        if not all(bool(torch.isfinite(piece).all()) for piece in pieces(parameters[weight.name])):
             raise SecateurError(f"{weight.name} holds NaN or infinite values: mend the checkpoint, or ignore it")
     layout.check(weights)
     found = None
@@ -110,11 +114,18 @@ def from_weights(
     """Masks by a score of each weight by itself; no data is needed."""
     parameters = dict(model.named_parameters())
     begin = time.perf_counter()
-    scores = {w.name: score(parameters[w.name].detach()) for w in task.weights}
+    scores = {w.name: score(parameters[w.name].detach()) for w in task.weights} if keep else {}
+
+    def own(weight: Weight) -> torch.Tensor:
+        if keep:
+            return scores[weight.name]
+        with held(model, names=[weight.name]):
+            return score(parameters[weight.name].detach())
+
     sparsity = task.sparsity if task.layout.scope == "global" else task.shares
-    masks = masks_of(task.weights.chosen, scores, sparsity, task.layout)
+    masks = PackedMasks.of(masks_each(task.weights.chosen, own, sparsity, task.layout))
     details = _details(task, 0, [], {"masking": time.perf_counter() - begin})
-    return Decision(Plan(masks=_on_cpu(masks)), scores=_scores(task, scores) if keep else None, details=details)
+    return Decision(Plan(masks=masks), scores=_scores(task, scores) if keep else None, details=details)
 
 
 @torch.inference_mode(mode=False)  # what is written into must be plain tensors, whoever calls
@@ -128,7 +139,7 @@ def block_by_block(
     keep: bool,
     track: Track,
 ) -> Decision:
-    """Masks by what weights read, each block on what the masked blocks before it give.
+    """Masks by what weights read, each block on what the masked blocks before it give; its copy is the cut model.
 
     Args:
         model: the dense model; a copy is worked on.
@@ -139,49 +150,139 @@ def block_by_block(
         keep: whether the scores are kept.
         track: shows progress.
     """
-    work = copy.deepcopy(model).requires_grad_(requires_grad=False)
+    work = copy_of(model, "masked").requires_grad_(requires_grad=False)
     parameters = dict(work.named_parameters())
-    masks = {w.name: torch.ones(w.shape, dtype=torch.bool) for w in task.weights}
+    masks = PackedMasks()
     scores = {w.name: torch.zeros(w.shape) for w in task.weights} if keep else {}
     counts = _Counts(task)
     unreached: list[str] = []
     spent = {"calibrating": 0.0, "solving": 0.0}
     damping: dict[str, float] = {}
-    repaired = False
-    for stage in walk(work, data, task.weights.chosen, track=track):
+    told: dict[str, Any]
+    for stage in walk(work, shared(data), task.weights.chosen, track=track, name="masks"):
+        if stage.done:
+            told = _recall(stage, masks)
+            unreached += told["unreached"]
+            damping |= told["damping"]
+            continue
         begin = time.perf_counter()
         groups = grams(stage.run, stage.weights, parameters, full=full, last=stage.last)
         ready = time.perf_counter()
-        for group in groups:
-            found = _solve_group(group, parameters, counts, task.layout, solve)
-            unreached += [read.weight.name for read in group if read.gram is None]
-            repaired = repaired or found.weights is not None
+        own = {w.name: torch.ones(w.shape, dtype=torch.bool) for w in stage.weights}
+        told = {"unreached": [], "damping": {}}
+        for group, found in zip(groups, _solved(groups, parameters, counts, task.layout, solve, keep), strict=True):
+            told["unreached"] += [read.weight.name for read in group if read.gram is None]
             if found.damping:
-                damping |= {read.weight.name: found.damping for read in group}
-            for i, read in enumerate(group):
-                tensor = parameters[read.weight.name]
-                read.weight.put(masks[read.weight.name], read.part, found.masks[i].cpu())
-                if found.weights is not None:
-                    new = found.weights[i].to(tensor.dtype)
-                else:
-                    new = read.weight.matrix(tensor, read.part).masked_fill(~found.masks[i], 0)
-                read.weight.put(tensor, read.part, new)
-                if keep and found.scores is not None:
-                    read.weight.put(scores[read.weight.name], read.part, found.scores[i].float().cpu())
+                told["damping"] |= {read.weight.name: found.damping for read in group}
+            _put(group, found, parameters, own, scores)
+        unreached += told["unreached"]
+        damping |= told["damping"]
+        if stage.journal is None:
+            for name, mask in own.items():
+                masks.put(name, mask)
+        else:
+            stage.keep({name: packed(mask) for name, mask in own.items()}, told)
+            _recall(stage, masks)
         spent["calibrating"] += ready - begin
         spent["solving"] += time.perf_counter() - ready
     details = _details(task, sum(map(size_of, data)), list(dict.fromkeys(unreached)), spent)
     if damping:
         details["more_damping"] = damping
-    weights = {name: parameters[name].detach() for name in masks} if repaired else {}
-    return Decision(Plan(masks=masks), weights=weights, scores=_scores(task, scores) if keep else None, details=details)
+    plan = Plan(masks=masks.ordered(w.name for w in task.weights))
+    kept = _scores(task, scores) if keep else None
+    return Decision(plan, details=details, scores=kept, pruned=_as_was(work, model))
+
+
+def _recall(stage: Stage, masks: PackedMasks) -> dict[str, Any]:
+    """Take the masks of a stage from where they were kept, as views of the file; what else was told."""
+    shard, told = stage.recall()
+    for weight in stage.weights:
+        masks.take(weight.name, shard.mapped(weight.name), weight.shape)
+    shard.forget()
+    return told  # type: ignore[no-any-return]
+
+
+def _put(
+    group: Sequence[Read],
+    found: Solved,
+    parameters: Mapping[str, nn.Parameter],
+    masks: Mapping[str, torch.Tensor],
+    scores: Mapping[str, torch.Tensor],
+) -> None:
+    """Write what was solved into the weights and the masks, and into the scores where they are kept."""
+    for i, read in enumerate(group):
+        tensor = parameters[read.weight.name]
+        read.weight.put(masks[read.weight.name], read.part, found.masks[i].cpu())
+        if found.weights is not None:
+            new = found.weights[i].to(tensor.dtype)
+        else:
+            new = read.weight.matrix(tensor, read.part).masked_fill(~found.masks[i], 0)
+        read.weight.put(tensor, read.part, new)
+        if scores and found.scores is not None:
+            read.weight.put(scores[read.weight.name], read.part, found.scores[i].float().cpu())
+
+
+def _as_was(work: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy that was worked on, in all but its weights as the model is: what trains, and buffers that passes moved."""
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in work.named_parameters():
+        parameter.requires_grad_(trained[name])
+    before = dict(model.named_buffers(remove_duplicate=False))
+    for name, buffer in list(work.named_buffers(remove_duplicate=False)):
+        if name in before and (buffer.shape != before[name].shape or not torch.equal(buffer, before[name])):
+            path, _, leaf = name.rpartition(".")
+            setattr(work.get_submodule(path), leaf, before[name].detach().clone())
+    return work
+
+
+def _solved(
+    groups: Sequence[Sequence[Read]],
+    parameters: Mapping[str, torch.Tensor],
+    counts: "_Counts",
+    layout: Layout,
+    solve: Solver,
+    keep: bool,
+) -> Iterator[Solved]:
+    """Solve the groups of a stage, one after the other; several processes share them out and tell each other."""
+    zeros = [[counts.take(read) for read in group] for group in groups]
+    if not world.split():
+        yield from (_solve_group(*job, parameters, layout, solve) for job in zip(groups, zeros, strict=True))
+        return
+    owners = world.dealt([_cost(group) for group in groups])
+    own: dict[int, Solved] = {}
+    with world.as_one():
+        for job, owner in enumerate(owners):
+            if owner == world.rank():
+                own[job] = _solve_group(groups[job], zeros[job], parameters, layout, solve)
+                own[job] = own[job] if keep else replace(own[job], scores=None)
+    told = [(found.weights is not None, found.scores is not None, found.damping) for found in own.values()]
+    every: dict[int, tuple[bool, bool, float]] = {}
+    for found in world.gathered(dict(zip(own, told, strict=True))):
+        every |= found
+    tensors = {job: [*s.masks, *(s.weights or ()), *(s.scores or ())] for job, s in own.items()}
+    for job, made in enumerate(world.handed_out(tensors, owners)):
+        repaired, scored, damping = every[job]
+        parts = [made[i : i + len(groups[job])] for i in range(0, len(made), len(groups[job]))]
+        yield Solved(parts.pop(0), parts.pop(0) if repaired else None, parts.pop(0) if scored else None, damping)
+
+
+def _cost(group: Sequence[Read]) -> float:
+    """About what it takes to solve a group: one factorisation, and a sweep over the columns of each matrix."""
+    found = 0.0
+    for read in group:
+        columns = prod(read.part[dim][1] - read.part[dim][0] for dim in read.weight.columns)
+        found += _elements(read) * float(columns)
+    return found
+
+
+def _elements(read: Read) -> int:
+    return prod(b - a for a, b in read.part)
 
 
 def _solve_group(
-    group: Sequence[Read], parameters: Mapping[str, torch.Tensor], counts: "_Counts", layout: Layout, solve: Solver
+    group: Sequence[Read], zeros: Sequence[int], parameters: Mapping[str, torch.Tensor], layout: Layout, solve: Solver
 ) -> Solved:
     matrices = [read.weight.matrix(parameters[read.weight.name], read.part) for read in group]
-    zeros = [counts.take(read.weight, matrix) for read, matrix in zip(group, matrices, strict=True)]
     gram = group[0].gram
     if gram is not None:
         return solve(matrices, gram, zeros, layout)
@@ -199,10 +300,11 @@ class _Counts:
         self.zeros = {w.name: n for w, n in zip(task.weights, zeros, strict=True)}
         self.done: dict[str, tuple[int, int]] = {}
 
-    def take(self, weight: Weight, matrix: torch.Tensor) -> int:
+    def take(self, read: Read) -> int:
         """Zeros of the next part of a weight."""
+        weight = read.weight
         seen, given = self.done.get(weight.name, (0, 0))
-        seen += matrix.numel() // self.tile
+        seen += _elements(read) // self.tile
         upto = self.zeros[weight.name] * seen // (weight.size // self.tile)
         self.done[weight.name] = seen, upto
         return upto - given
@@ -212,13 +314,7 @@ def _outliers(
     model: nn.Module, data: Sequence[Batch], weights: Sequence[Weight], times: float, track: Track
 ) -> dict[str, float]:
     parameters = dict(model.named_parameters())
-
-    def forward() -> None:
-        for batch in track(data, "outliers"):
-            run(model, batch)
-
-    with evaluating(model), torch.no_grad(), plain_attention():
-        reads = grams(forward, weights, parameters, full=False)
+    reads = grams_through(model, data, weights, parameters, full=False, through=shown(whole_passes, track, "outliers"))
     return outliers(reads, parameters, blocks_of(model, [w.name for w in weights]), times)
 
 
@@ -226,9 +322,8 @@ def _by_magnitude(
     parameters: Mapping[str, torch.Tensor], weights: Sequence[Weight], sparsity: float
 ) -> dict[str, float]:
     """What global magnitude, each weight divided by its norm, would take from each: layers differ in what they need."""
-    scores = {w.name: relative_size(parameters[w.name].detach()) for w in weights}
-    masks = masks_of(weights, scores, sparsity, Layout("global"))
-    return {name: int((~mask).sum()) / mask.numel() for name, mask in masks.items()}
+    every = masks_each(weights, lambda w: relative_size(parameters[w.name].detach()), sparsity, Layout("global"))
+    return {name: int((~mask).sum()) / mask.numel() for name, mask in every}
 
 
 def relative_size(weight: torch.Tensor) -> torch.Tensor:

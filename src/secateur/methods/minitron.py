@@ -5,6 +5,7 @@ Sreenivas et al. 2024, "LLM Pruning and Distillation in Practice: The Minitron A
 layers after Taghibakhshi et al. 2025 (arXiv:2504.11409), experts after Lasby et al. 2025 (REAP, arXiv:2510.13999).
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from math import lcm
 from pathlib import Path
@@ -22,10 +23,11 @@ from secateur.cut import apply
 from secateur.cut.config import Sizes, field_of, kinds_of, sizes_of
 from secateur.cut.uniform import Uniform, both
 from secateur.errors import SecateurError, nearest
+from secateur.load.megatron import Opened
 from secateur.load.model import sliding_window
 from secateur.measure.quality import Batch, Metric
 from secateur.methods.base import Decision
-from secateur.methods.sensitivity import Ladder, Sensitivity
+from secateur.methods.sensitivity import Influence, Ladder, Sensitivity
 from secateur.methods.study import Study
 from secateur.progress import Track, quiet
 from secateur.score.activation import Scores
@@ -55,6 +57,7 @@ def minitron(
     kv_seq_len: int = 4096,
     stored_dtype: torch.dtype | None = None,
     presorted: bool = False,
+    measure: bool = True,
     cache: Path | None = None,
     track: Track = quiet,
 ) -> Decision:
@@ -63,6 +66,8 @@ def minitron(
     With a budget, all architectures within the greatest allowed cuts are enumerated and ranked by an expected KL:
     for each kind of axis the share of importance energy that goes, weighed by one measured probe of that kind, plus
     the measured KL of the dropped layers. The best `top_k` are cut for real and scored; the best score wins.
+
+    With measure=False one pass that scores the axes and layers is all (see `Influence` for what takes the place of KL).
 
     Args:
         model: a Hugging Face causal language model.
@@ -80,18 +85,22 @@ def minitron(
         kv_seq_len: positions of each.
         stored_dtype: type of the weights and the cache that the memory budget counts; the model's own by default.
         presorted: the model's units are in order of importance already: keep the first ones, without scoring.
+        measure: whether dropped layers, probes and candidates are measured by passes of the whole model; otherwise
+            importance alone decides: layers of the least block influence go, and the least expected loss wins.
         cache: folder that keeps scores and sensitivities, keyed by all that they depend on.
         track: shows progress.
 
     Raises:
         SecateurError: for options that contradict, dims that do not fit, a budget that cannot be met.
     """
+    if not measure:
+        _check_unmeasured(score, score_samples, top_k)
     workload = Workload(kv_batch, kv_seq_len, sliding_window(_config(model)), stored_dtype)
     study = Study(model, discover(model), data, score_samples, Cache(cache), track)
     if budget.dims:
         if budget.limits or budget.n_m:
             raise SecateurError(f"give either exact dims or a budget, not both: {budget}")
-        return _exact(study, Uniform(model, study.space), budget.dims, presorted, stored_dtype)
+        return _exact(study, Uniform(model, study.space), budget.dims, presorted, stored_dtype, measure)
     unserved = [m for m in budget.limits if m not in MEASURES] + (["n:m"] if budget.n_m else [])
     if unserved or not budget.limits:
         what = f"a budget of {unserved[0]} is not served by minitron" if unserved else "no budget and no dims are given"
@@ -100,20 +109,38 @@ def minitron(
         raise SecateurError(f"top_k must be at least 1, not {top_k}")
     uniform = Uniform(model, study.space)
     grid = _grid(uniform, max_width_cut, max_depth_cut, divisors or {}, skip, stored_dtype)
-    return _search(study, uniform, budget, grid, workload, score, top_k, presorted)
+    return _search(study, uniform, budget, grid, workload, score, top_k, presorted, measure)
+
+
+def _check_unmeasured(score: Metric | None, score_samples: int, top_k: int) -> None:
+    """Raise SecateurError for options of measurements where nothing is to be measured."""
+    given = inspect.signature(minitron).parameters
+    options = {"score": score, "score_samples": score_samples, "top_k": top_k}
+    for name, value in options.items():
+        if value != given[name].default:
+            shown = value.name if isinstance(value, Metric) else value
+            raise SecateurError(
+                f"measure=False goes by importance alone, and {name} {shown} is about measurements: give one of them"
+            )
 
 
 def _config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
-    if config is None or not hasattr(type(model), "from_pretrained"):
+    if config is None or not (hasattr(type(model), "from_pretrained") or isinstance(model, Opened)):
         raise SecateurError(
-            f"minitron needs a Hugging Face language model, not a {type(model).__name__}; use the method structural"
+            f"minitron needs a language model of Hugging Face or Megatron-Core, not a {type(model).__name__}; use the "
+            "method structural"
         )
     return config
 
 
 def _exact(
-    study: Study, uniform: Uniform, dims: Mapping[str, int], presorted: bool, stored: torch.dtype | None
+    study: Study,
+    uniform: Uniform,
+    dims: Mapping[str, int],
+    presorted: bool,
+    stored: torch.dtype | None,
+    measure: bool,
 ) -> Decision:
     """Cut to exact sizes."""
     sizes, by_name = _target_sizes(uniform, _config(study.model), dims, stored), sizes_of(study.space)
@@ -124,11 +151,16 @@ def _exact(
         raise SecateurError(_indescribable(study, Sizes(**{kind: sizes.get(kind, dense.get(kind)) for kind in KINDS})))
     drop = dense["layers"] - sizes["layers"] if "layers" in sizes else 0
     scores = study.scores(layers=drop > 0, presorted=presorted, kinds=list(widths))
-    ladder: Ladder = study.depth(scores, drop) if drop else [((), 0.0)]
+    ladder: Ladder = [((), 0.0)]
+    if drop:
+        ladder = study.depth(scores, drop) if measure else study.shallow(scores, drop)
     if len(ladder) <= drop:
         raise SecateurError(f"dims: of {dense['layers']} layers at most {len(ladder) - 1} can be dropped, not {drop}")
     plan = plan_for_sizes(study.space, scores.axes, widths, ladder[-1][0])
-    return _decision(study, plan, scores, {"depth_kl": [[len(names), kl] for names, kl in ladder[1:]]})
+    told = [[len(names), loss] for names, loss in ladder[1:]]
+    if measure:
+        return _decision(study, plan, scores, {"depth_kl": told})
+    return _decision(study, plan, scores, {"depth": {"measured": False, "influence": told}}, measure=False)
 
 
 def _indescribable(study: Study, wanted: Sizes) -> str:
@@ -152,19 +184,21 @@ def _indescribable(study: Study, wanted: Sizes) -> str:
 
 def _search(
     study: Study, uniform: Uniform, budget: Budget, grid: Grid, workload: Workload, score: Metric | None, top_k: int,
-    presorted: bool,
+    presorted: bool, measure: bool,
 ) -> Decision:  # fmt: skip
     """Find the best architecture within a budget."""
     kinds = [kind for kind in grid.dense if kind != "layers"]
     valid = _validity(uniform, grid)
     check_reachable(grid, least_cost(study.space, workload, kinds), budget, valid)
     cut = [kind for kind, sizes in grid.choices.items() if len(sizes) > 1]
-    scores = study.scores(layers="layers" in cut, presorted=presorted, kinds=cut)
-    sensitivity = study.sensitivity(scores, grid, presorted=presorted)
+    scores = study.scores(layers=not measure or "layers" in cut, presorted=presorted, kinds=cut)
+    sensitivity = study.sensitivity(scores, grid, presorted=presorted) if measure else study.influence(scores, grid)
     grid = _droppable(grid, sensitivity)
     cost = uniform_cost(study.space, workload, kinds, [names for names, _ in sensitivity.depth])
     loss = sensitivity.loss(study.space, scores, grid.dense)
-    best, feasible = search(grid, cost, budget, loss, valid, top_k)
+    best, feasible = search(grid, cost, budget, loss, valid, top_k if measure else 1)
+    if isinstance(sensitivity, Influence):
+        return _unmeasured(study, best[0], feasible, grid, scores, sensitivity)
     metric = score or Metric("kl", study.kl, higher_is_better=False)
     ranked: list[tuple[Candidate, Plan, float]] = []
     with study.timed("candidates"):
@@ -176,31 +210,49 @@ def _search(
     chosen = ranked[0]
     for entry in ranked[1:]:  # of equal scores the one of the least expected KL stays
         chosen = entry if metric.better(entry[2], chosen[2]) else chosen
-    config = _config(study.model)
-    words: dict[str, str] = {}
-    for kind in grid.dense:  # one number of the config may set several kinds
-        words.setdefault(next(iter(named(config, {kind: 0}, grid.dense))), kind)
+    told = {"score": metric.name, "higher_is_better": metric.higher_is_better, "feasible": feasible}
     table = [
-        {
-            "sizes": named(config, {kind: candidate.sizes[kind] for kind in grid.dense}, grid.dense),
-            "params": candidate.costs.params,
-            "active_params": candidate.costs.active_params,
-            "memory": candidate.costs.memory,
-            "expected_kl": candidate.loss,
-            "score": value,
-            "chosen": entry is chosen,
-        }
+        {**_row(study, grid, candidate), "expected_kl": candidate.loss, "score": value, "chosen": entry is chosen}
         for entry in ranked
         for candidate, _, value in [entry]
     ]
-    search_details = {
-        "kinds": list(words.values()),
-        "score": metric.name,
-        "higher_is_better": metric.higher_is_better,
-        "feasible": feasible,
-    }
     probes = {"weight": dict(sensitivity.weight), "depth_kl": [[len(n), kl] for n, kl in sensitivity.depth[1:]]}
-    return _decision(study, chosen[1], scores, {"search": {**search_details, "candidates": table, "probes": probes}})
+    told = {"kinds": _kinds_told(study, grid), **told, "candidates": table, "probes": probes}
+    return _decision(study, chosen[1], scores, {"search": told})
+
+
+def _unmeasured(
+    study: Study, candidate: Candidate, feasible: int, grid: Grid, scores: Scores, proxy: Influence
+) -> Decision:
+    """The candidate that importance alone chooses."""
+    told = {
+        "kinds": _kinds_told(study, grid),
+        "measured": False,
+        "feasible": feasible,
+        "candidates": [{**_row(study, grid, candidate), "expected_loss": candidate.loss, "chosen": True}],
+        "influence": {"layers": dict(scores.blocks), "depth": [[len(n), loss] for n, loss in proxy.depth[1:]]},
+    }
+    plan = _plan_of(study.space, candidate, grid, scores, proxy)
+    return _decision(study, plan, scores, {"search": told}, measure=False)
+
+
+def _kinds_told(study: Study, grid: Grid) -> list[str]:
+    """The kinds of a search, one for each word of the config: one number may set several."""
+    config = _config(study.model)
+    words: dict[str, str] = {}
+    for kind in grid.dense:
+        words.setdefault(next(iter(named(config, {kind: 0}, grid.dense))), kind)
+    return list(words.values())
+
+
+def _row(study: Study, grid: Grid, candidate: Candidate) -> dict[str, Any]:
+    """A candidate's sizes and costs, for the report."""
+    return {
+        "sizes": named(_config(study.model), {kind: candidate.sizes[kind] for kind in grid.dense}, grid.dense),
+        "params": candidate.costs.params,
+        "active_params": candidate.costs.active_params,
+        "memory": candidate.costs.memory,
+    }
 
 
 def _validity(uniform: Uniform, grid: Grid) -> Callable[[Mapping[str, int]], bool]:
@@ -213,7 +265,7 @@ def _validity(uniform: Uniform, grid: Grid) -> Callable[[Mapping[str, int]], boo
     return valid
 
 
-def _droppable(grid: Grid, sensitivity: Sensitivity) -> Grid:
+def _droppable(grid: Grid, sensitivity: Sensitivity | Influence) -> Grid:
     """The same without depths that the greedy removal could not reach."""
     if "layers" not in grid.choices:
         return grid
@@ -222,7 +274,9 @@ def _droppable(grid: Grid, sensitivity: Sensitivity) -> Grid:
     return Grid(grid.dense, {**grid.choices, "layers": layers}, grid.ties)
 
 
-def _plan_of(space: Space, candidate: Candidate, grid: Grid, scores: Scores, sensitivity: Sensitivity) -> Plan:
+def _plan_of(
+    space: Space, candidate: Candidate, grid: Grid, scores: Scores, sensitivity: Sensitivity | Influence
+) -> Plan:
     sizes = {kind: size for kind, size in candidate.sizes.items() if size != grid.dense[kind]}
     if "kv_groups" in sizes:
         sizes["heads"] = candidate.sizes["heads"]
@@ -231,8 +285,12 @@ def _plan_of(space: Space, candidate: Candidate, grid: Grid, scores: Scores, sen
     return plan_for_sizes(space, scores.axes, sizes, dropped)
 
 
-def _decision(study: Study, plan: Plan, scores: Scores, details: Mapping[str, Any]) -> Decision:
-    calibration = {"samples": scores.samples, "tokens": scores.tokens, "score_samples": sum(map(_count, study.rows))}
+def _decision(
+    study: Study, plan: Plan, scores: Scores, details: Mapping[str, Any], *, measure: bool = True
+) -> Decision:
+    calibration = {"samples": scores.samples, "tokens": scores.tokens}
+    if measure:
+        calibration["score_samples"] = sum(map(_count, study.rows))
     return Decision(plan, study.space, {**details, "calibration": calibration, "seconds": dict(study.seconds)})
 
 

@@ -33,6 +33,7 @@ def obs(
     round_to: int | Mapping[str, int] | None = None,
     levels: int = 17,
     score_samples: int = 48,
+    gradients: bool = True,
     survey: Path | None = None,
     damping: float | None = None,
     seed: int = 0,
@@ -56,6 +57,8 @@ def obs(
         round_to: of what the sizes that are cut are multiples, for all kinds or for each.
         levels: sizes that are looked at for each axis; the last step to the budget is by single units.
         score_samples: calibration samples that gradients are taken on.
+        gradients: errors count by what the model loses, which takes backward passes; without, all outputs of all layers
+            count alike, and nothing but forward passes is needed.
         survey: folder of a saved survey, in place of making one.
         damping: share of the mean of the diagonal of X'X that is added to it; 1e-3, and more where rows are few.
         seed: of everything that is drawn.
@@ -70,6 +73,6 @@ def obs(
     return search(
         model, budget, data, inputs=inputs, uniform=uniform, only=only, ignore=ignore, keep_at_least=keep_at_least,
         limits=limits, round_to=round_to, levels=levels, drop=False, probes=0, trials=0, score_samples=score_samples,
-        survey=survey, damping=damping, seed=seed, kv_batch=kv_batch, kv_seq_len=kv_seq_len,
+        gradients=gradients, survey=survey, damping=damping, seed=seed, kv_batch=kv_batch, kv_seq_len=kv_seq_len,
         stored_dtype=stored_dtype, track=track,
     )  # fmt: skip

@@ -16,20 +16,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from secateur import world
 from secateur.choose.plan import Plan
 from secateur.errors import SecateurError, nearest
 from secateur.load.batches import Batch, run, samples_of, size_of
 from secateur.load.mode import evaluating
+from secateur.load.store import held, store_of
+from secateur.load.through import shown, whole_passes
 from secateur.mend.damping import enough
-from secateur.mend.least_squares import Fit, Moments, least_squares, lost_mean
+from secateur.mend.least_squares import Fit, Moments, lost_mean
 from secateur.methods.counterparts import Pair, Where, counterparts
 from secateur.methods.residual import Followed, Way, correction
+from secateur.methods.rows import matched, read_key, used, wide
+from secateur.methods.together import Job, Means, fitted, over_all, with_probe
 from secateur.progress import Track, quiet
 from secateur.space import Space
 from secateur.space.products import Product, Products, plain_attention
 from secateur.space.weights import Part
-from secateur.walk import Stage, walk, whole
+from secateur.walk import Stage, through, walk, whole
 
 MENDS = ("least_squares", "bias", "none")
 DAMPING = 1e-3
@@ -145,7 +151,8 @@ class _Repair:
     def __init__(
         self, dense: nn.Module, pruned: nn.Module, batches: Sequence[Batch], damping: float | None, track: Track
     ) -> None:
-        self.dense, self.pruned, self.batches, self.damping, self.track = dense, pruned, batches, damping, track
+        self.dense, self.pruned, self.damping, self.track = dense, pruned, damping, track
+        self.batches, self.probes = with_probe(batches)
         self.least = DAMPING if damping is None else damping
         self.before, self.after = dict(dense.named_parameters()), dict(pruned.named_parameters())
         self.norms: dict[str, torch.Tensor] = {}
@@ -162,18 +169,27 @@ class _Repair:
         self.norms = self._norms(pairs)
         by_name = {pair.pruned.name: pair for pair in pairs}
         one, two = [pair.dense for pair in pairs], [pair.pruned for pair in pairs]
-        steps = walk(self.pruned, self.batches, two, track=self.track, what="mending, block by block")
+        steps = walk(self.pruned, self.batches, two, track=self.track, what="mending, block by block", name="mend")
         done: set[str] = set()
         # Closed here whatever happens: a walk that ends later would set back modes that are no longer those it found.
-        with closing(walk(self.dense, self.batches, one)) as before, closing(steps) as after:
+        with closing(walk(self.dense, self.batches, one, name="mend-dense")) as before, closing(steps) as after:
             for stage in after:
                 own = [by_name[w.name] for w in stage.weights]
                 other = next(before, None)
                 if other is None or {w.name for w in other.weights} != {pair.dense.name for pair in own}:
                     break
-                self._stage(other, stage, own)
+                if stage.done:
+                    self.told = stage.recall()[1]
+                else:
+                    self._stage(other, stage, own)
+                    stage.keep({}, self.told)
                 done |= {pair.pruned.name for pair in own}
         rest = [pair for pair in pairs if pair.pruned.name not in done]
+        if rest and store_of(self.pruned) is not None:
+            raise SecateurError(
+                f"{rest[0].pruned.name} cannot be mended while the model is streamed, for the cut changed what follows "
+                "what: mend none, or prune it in memory"
+            )
         if rest:  # the cut changed what follows what: the two models are run whole
             first, second = (
                 Stage("the rest", (), partial(whole, model, self.batches)) for model in (self.dense, self.pruned)
@@ -182,6 +198,8 @@ class _Repair:
 
     def _norms(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
         """Weights whose results go at once into a batch norm of their own -> its running mean."""
+        if store_of(self.pruned) is not None and not any(isinstance(m, _BatchNorm) for m in self.pruned.modules()):
+            return {}  # a pass would load every block
         watch = Followed({p.pruned.name: self.after[p.pruned.name] for p in pairs})
         with watch:
             run(self.pruned, samples_of(self.batches[0])[0])
@@ -226,7 +244,7 @@ class _Repair:
 
     def _member(self, pair: Pair, before: Sequence[Way], after: Sequence[Way]) -> _Member | None:
         """What is known of a weight; None where it is not to be fitted, or cannot be."""
-        own, other = _used(after, pair.pruned.name), _used(before, pair.dense.name)
+        own, other = used(after, pair.pruned.name), used(before, pair.dense.name)
         parts = list(dict.fromkeys(p.part for _, p in own)) or pair.pruned.parts()
         stacked = len(pair.pruned.rows) + len(pair.pruned.columns) < len(pair.pruned.shape)
         if stacked:
@@ -240,7 +258,7 @@ class _Repair:
             if pair.lossy:
                 self.told["left"][pair.pruned.name] = "it is used in ways that do not agree"
             return None
-        aligned = not stacked and _matched(own, other, where) is not None
+        aligned = not stacked and matched(own, other, where) is not None
         sums = 0
         if aligned:
             ways = [way for way, _ in (*own, *other)]
@@ -248,7 +266,7 @@ class _Repair:
         if not pair.lossy and not sums:
             return None
         once = len(own) == len(parts) and len(other) >= len(own)
-        reads = tuple(_read(p) for _, p in own)
+        reads = tuple(read_key(p) for _, p in own)
         norm = None if pair.bias is not None else self.norms.get(pair.pruned.name)
         return _Member(pair, parts, where, reads, aligned, sums, once, norm)
 
@@ -263,34 +281,40 @@ class _Repair:
             member.sums = sums
         one = {m.pair.dense.name: self.before[m.pair.dense.name] for m in members}
         two = {m.pair.pruned.name: self.after[m.pair.pruned.name] for m in members}
-        with closing(before.passes()) as dense_steps, closing(after.passes()) as steps:
-            for _ in self.batches:
+        alike = True
+        with world.as_one(), closing(before.passes()) as dense_steps, closing(after.passes()) as steps:
+            for index in range(len(self.batches)):
                 with Followed(one, products=count, sums=sums) as then:
                     next(dense_steps)
                 with Followed(two, products=count, sums=sums) as now:
                     next(steps)
-                if not self._add(group, then, now):
-                    return False
-        return True
+                alike = index < self.probes or self._add(group, then, now)
+                if not alike:
+                    break
+        if world.split():
+            alike = all(world.gathered(alike))
+        if alike:
+            group.moments = over_all(group.moments, group.members[0].parts)
+        return alike
 
     def _add(self, group: _Group, before: Followed, after: Followed) -> bool:
         found = []
         for member in group.members:
-            matched = _matched(
-                _used(after.ways, member.pair.pruned.name), _used(before.ways, member.pair.dense.name), member.where
+            both = matched(
+                used(after.ways, member.pair.pruned.name), used(before.ways, member.pair.dense.name), member.where
             )
-            if matched is None:
+            if both is None:
                 return False
-            found.append(matched)
+            found.append(both)
         for row in zip(*found, strict=True):  # the same product of each member
             (_, product), _ = row[0]
-            x = _wide(product.read())
+            x = wide(product.read())
             read: dict[Any, torch.Tensor] = {}
             targets = []
             for member, ((own_way, own), (way, other)) in zip(group.members, row, strict=True):
-                key = _read(other)
+                key = read_key(other)
                 if key not in read:
-                    read[key] = _wide(other.read())
+                    read[key] = wide(other.read())
                 if len(read[key]) != len(x):
                     return False
                 place = member.where[own.part]
@@ -311,16 +335,19 @@ class _Repair:
         """Add up what a weight reads in the dense model: columns that stay, and what all of them give."""
         pair, where = group.members[0].pair, group.members[0].where
         back = {place.part: (part, place) for part, place in where.items()}
+        done = 0
 
         def see(product: Product) -> None:
-            if product.part in back and product.operand.numel():
+            if done >= self.probes and product.part in back and product.operand.numel():
                 part, place = back[product.part]
-                x = _wide(product.read())
+                x = wide(product.read())
                 t = x @ self._matrix(pair, place, x).T
                 self._take(group, part, x[:, place.columns.to(x.device)], t)
 
-        with Products({pair.dense.name: self.before[pair.dense.name]}, see):
-            before.run()
+        with world.as_one(), Products({pair.dense.name: self.before[pair.dense.name]}, see):
+            for _ in before.passes():
+                done += 1
+        group.moments = over_all(group.moments, group.members[0].parts)
 
     def _matrix(self, pair: Pair, place: Where, like: torch.Tensor) -> torch.Tensor:
         """Rows of the dense weight that stay, with all columns, in the type of what they meet."""
@@ -335,30 +362,35 @@ class _Repair:
     def _put(self, group: _Group) -> None:
         """Fit the members, part by part, and write them into the cut model."""
         begin = 0
+        places: list[tuple[_Member, Part]] = []
+        jobs: list[Job] = []
         for member in group.members:
             width = 0
-            fits = []
             for key, part in zip(group.members[0].parts, member.parts, strict=True):
                 width = len(member.where[part].rows)
                 if key in group.moments:
-                    fits.append(self._fit(member, part, group.moments[key].some(begin, begin + width)))
+                    places.append((member, part))
+                    jobs.append(self._job(member, part, group.moments[key].some(begin, begin + width)))
             begin += width  # several members have one part each
-            self._tell(member, fits)
+        found: dict[str, list[tuple[Fit, int, int]]] = {m.pair.pruned.name: [] for m in group.members}
+        for (member, part), job, fit in zip(places, jobs, fitted(jobs), strict=True):
+            pair = member.pair
+            tensor = self.after[pair.pruned.name]
+            pair.pruned.put(tensor, part, fit.weight.to(tensor.dtype))
+            if fit.shift is not None:
+                self._shift(pair, part, member.norm, fit.shift)
+            found[pair.pruned.name].append((fit, job.moments.rows, len(job.moments.squares)))
+        for member in group.members:
+            self._tell(member, found[member.pair.pruned.name])
 
-    def _fit(self, member: _Member, part: Part, moments: Moments) -> tuple[Fit, int, int]:
-        """Fit a part; with it, how many rows and columns it was fitted on."""
+    def _job(self, member: _Member, part: Part, moments: Moments) -> Job:
+        """The fit of a part."""
         pair, name = member.pair, member.pair.pruned.name
         if not bool(torch.isfinite(moments.squares).all() and torch.isfinite(moments.cross).all()):
             raise SecateurError(f"NaN or infinite activations at the input of {name}: check the weights and dtype")
-        tensor = self.after[name]
-        start = pair.pruned.matrix(tensor, part)
         holds = pair.bias is not None or member.norm is not None
         asked = enough(DAMPING, moments.rows, len(moments.squares)) if self.damping is None else self.damping
-        fit = least_squares(moments, start, damping=asked, intercept=holds)
-        pair.pruned.put(tensor, part, fit.weight.to(tensor.dtype))
-        if fit.shift is not None:
-            self._shift(pair, part, member.norm, fit.shift)
-        return fit, moments.rows, len(moments.squares)
+        return Job(moments, pair.pruned.matrix(self.after[name], part), asked, holds)
 
     def _tell(self, member: _Member, fits: Sequence[tuple[Fit, int, int]]) -> None:
         name = member.pair.pruned.name
@@ -396,24 +428,22 @@ class _Repair:
         if not pairs:
             return
         norms = self._norms(pairs)
-        pairs_by = {pair.dense.name: pair for pair in pairs}
-        sums: dict[tuple[str, Part], tuple[torch.Tensor, int]] = {}
-
-        def see(product: Product) -> None:
-            if product.columns == pairs_by[product.weight].dense.columns and product.operand.numel():
-                x = product.read()
-                total, rows = sums.get((product.weight, product.part), (torch.zeros((), dtype=torch.float64), 0))
-                sums[product.weight, product.part] = total.to(x.device) + _wide(x).sum(0), rows + len(x)
-
-        with Products({n: self.before[n] for n in pairs_by}, see):
-            for batch in self.track(self.batches, "mending the biases"):
-                run(self.dense, batch)
+        watch, own = Means({pair.dense.name: pair for pair in pairs}), self.batches[self.probes :]
+        with world.as_one(), Products({pair.dense.name: self.before[pair.dense.name] for pair in pairs}, watch.see):
+            if store_of(self.dense) is None:
+                shown(whole_passes, self.track, "mending the biases")(self.dense, own, watch)
+            else:
+                through(self.dense, own, watch, name="mend-means", track=self.track)
+        watch.join()
         for pair in pairs:
             norm = norms.get(pair.pruned.name)
             if pair.bias is None and norm is None:
                 self.told["no_bias"].append(pair.pruned.name)
             else:
-                self._put_means(pair, norm, {part: s for (name, part), s in sums.items() if name == pair.dense.name})
+                sums = {part: s for (name, part), s in watch.sums.items() if name == pair.dense.name}
+                bias = [] if pair.bias is None else [pair.bias]
+                with held(self.pruned, names=bias), held(self.dense, names=[pair.dense.name]):
+                    self._put_means(pair, norm, sums)
 
     def _put_means(self, pair: Pair, norm: torch.Tensor | None, sums: Mapping[Part, tuple[torch.Tensor, int]]) -> None:
         name, seen = pair.pruned.name, 0
@@ -442,47 +472,3 @@ def _together(one: _Member, other: _Member) -> bool:
     """Whether two weights of one part each read the same."""
     alone = len(one.reads) == 1 and one.aligned and other.aligned
     return alone and one.reads == other.reads
-
-
-def _used(ways: Sequence[Way], name: str) -> list[tuple[Way, Product]]:
-    return [(way, p) for way in ways for p in way.products if p.weight == name and p.operand.numel()]
-
-
-def _matched(
-    own: Sequence[tuple[Way, Product]], other: Sequence[tuple[Way, Product]], where: Mapping[Part, Where]
-) -> list[tuple[tuple[Way, Product], tuple[Way, Product]]] | None:
-    """Each product of the cut weight with that of the dense one; None where they do not go with each other."""
-    by_part: dict[Part, list[tuple[Way, Product]]] = {}
-    for found in other:
-        by_part.setdefault(found[1].part, []).append(found)
-    counts: dict[Part, int] = {}
-    pairs = []
-    for found in own:
-        part = found[1].part
-        candidates = by_part.get(where[part].part, []) if part in where else []
-        place = counts.get(part, 0)
-        counts[part] = place + 1
-        if place >= len(candidates):
-            return None
-        pairs.append((found, candidates[place]))
-    if any(len(by_part[where[part].part]) != count for part, count in counts.items()):
-        return None
-    same = all(_rows(a[1]) == _rows(b[1]) for a, b in pairs)
-    return pairs if pairs and same else None
-
-
-def _rows(product: Product) -> tuple[int, ...]:
-    """The shape of what is read, but for what is summed over."""
-    x = product.operand
-    return (len(x), *x.shape[2:]) if product.form else tuple(x.shape[:-1])
-
-
-def _read(product: Product) -> tuple[Any, ...]:
-    """What tells whether two products of one pass read the very same numbers."""
-    x = product.operand
-    version = 0 if x.is_inference() else x._version
-    return (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, version, product.form)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -3,16 +3,19 @@
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
 from secateur.choose.cost import Workload, costs, gone_parameters, lengths
+from secateur.choose.packed import kind_of, zeros_in
 from secateur.choose.plan import Plan
 from secateur.choose.search import DIVISORS
 from secateur.cut.config import sizes_of
 from secateur.load.model import Source, sliding_window
+from secateur.load.pieces import pieces_of
 from secateur.methods.base import Decision
 from secateur.methods.minitron import named
 from secateur.space import Axis, Space
@@ -84,7 +87,8 @@ def report_of(
 
 def _masked(pruned: nn.Module, plan: Plan) -> dict[str, Any]:
     """Zeros of a model that only masks thin out; all its sizes are as they were."""
-    every = [(p.numel(), int(p.count_nonzero())) for p in pruned.parameters()]
+    pieces = pieces_of(pruned)
+    every = [(p.numel(), sum(int(x.count_nonzero()) for x in pieces(p))) for p in pruned.parameters()]
     total = sum(count for count, _ in every)
     return {
         "sizes": {},
@@ -100,7 +104,8 @@ def _masked(pruned: nn.Module, plan: Plan) -> dict[str, Any]:
 
 def zeros_of(plan: Plan) -> dict[str, Any]:
     """How many elements its masks make zero: of each tensor, and of all that are masked."""
-    tensors = {n: {"elements": m.numel(), "zeros": m.numel() - int(m.sum())} for n, m in plan.masks.items()}
+    masks = plan.masks
+    tensors = {n: {"elements": prod(kind_of(masks, n)[1]), "zeros": zeros_in(masks, n)} for n in masks}
     elements, zeros = (sum(t[key] for t in tensors.values()) for key in ("elements", "zeros"))
     return {"masked": {"elements": elements, "zeros": zeros}, "tensors": tensors}
 

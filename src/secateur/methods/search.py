@@ -42,6 +42,7 @@ def search(
     score: Metric | None = None,
     score_samples: int = 48,
     adapt_samples: int = 1024,
+    gradients: bool = True,
     survey: Path | None = None,
     damping: float | None = None,
     latency_table: Path | None = None,
@@ -75,6 +76,8 @@ def search(
         score: what is measured, in place of the distance to the dense model (KL, or the error of the outputs).
         score_samples: calibration samples that are measured on.
         adapt_samples: samples for batch norm statistics before each measurement, where the model has batch norm.
+        gradients: the survey weighs errors by what the model loses, which takes backward passes; without, all outputs
+            of all layers count alike.
         survey: folder of a saved survey, in place of making one.
         damping: share of the mean of the diagonal of X'X that is added to it; 1e-3, and more where rows are few.
         latency_table: what `secateur profile` measured; what it lacks is measured now.
@@ -92,7 +95,7 @@ def search(
     """
     asked = Asked(
         inputs, uniform, only, ignore, keep_at_least, limits, round_to, levels, drop, probes, trials, score,
-        score_samples, adapt_samples, survey, damping, latency_table, latency_batch, latency_seq_len, seed,
+        score_samples, adapt_samples, gradients, survey, damping, latency_table, latency_batch, latency_seq_len, seed,
         Workload(kv_batch, kv_seq_len, stored=stored_dtype),
     )  # fmt: skip
     return (decide_with_width if rotate else decide_levels)(model, budget, data, asked, track)

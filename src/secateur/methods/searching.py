@@ -29,7 +29,7 @@ from secateur.measure.quality import Metric
 from secateur.methods.base import Decision
 from secateur.methods.levels import config_allows, measured, sizes_of_choice, slots_for, table_of
 from secateur.methods.survey import Survey, load_survey
-from secateur.methods.survey import survey as make_survey
+from secateur.methods.surveying import survey as make_survey
 from secateur.methods.timing import latency_terms, timed, timing_inputs
 from secateur.methods.trials import Trials
 from secateur.progress import Track
@@ -66,6 +66,7 @@ class Asked:
     score: Metric | None
     score_samples: int
     adapt_samples: int
+    gradients: bool
     survey: Path | None
     damping: float | None
     latency_table: Path | None
@@ -137,7 +138,7 @@ def decide_levels(
 
 def _decision(ground: Ground, plan: Plan, sizes: Mapping[str, int], told: dict[str, Any]) -> Decision:
     found = ground.survey
-    told["calibration"] = {"samples": found.samples}
+    told["calibration"] = {"samples": found.samples, "gradients": found.gradients}
     if found.left:
         told["left"] = dict(found.left)
     if found.thin:
@@ -168,7 +169,8 @@ def grounded(
     else:
         found = make_survey(
             model, space, axes, data, rows=rows, inputs=asked.inputs, damping=asked.damping or DAMPING,
-            seed=asked.seed, track=track,
+            gradients=asked.gradients, keep_moments=bool(asked.drop or asked.probes or asked.trials), seed=asked.seed,
+            track=track,
         )  # fmt: skip
     clock = None
     if "latency" in budget.limits:
@@ -249,6 +251,8 @@ def check(budget: Budget, data: Sequence[Batch], asked: Asked) -> None:
         raise SecateurError("search needs data, or a survey that was made with some: give batches, or survey=FOLDER")
     if asked.survey is not None and asked.damping is not None:
         raise SecateurError("damping is fixed in a survey when it is made: leave it out, or make another survey")
+    if asked.survey is not None and not asked.gradients:
+        raise SecateurError("gradients are taken or not when a survey is made: leave the option out, or make another")
     if "latency" not in budget.limits and (asked.latency_table is not None or asked.latency_seq_len is not None):
         raise SecateurError("latency_table and latency_seq_len go with a budget of latency, such as latency=60%")
     least = {"score_samples": 1, "adapt_samples": 1, "probes": 0, "trials": 0, "latency_batch": 1}

@@ -1,16 +1,19 @@
 """Measure what single cuts cost: one probe for each kind of axis, and layers dropped one after the other."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from secateur.choose.plan import Plan
-from secateur.choose.rank import lost_energy, plan_for_sizes
+from secateur.choose.rank import axis_loss, lost_energy, plan_for_sizes
 from secateur.choose.search import Grid, per_group
 from secateur.cut import apply
 from secateur.errors import SecateurError
+from secateur.load.store import drop_hooks
 from secateur.progress import Track, quiet
 from secateur.score.activation import Scores
 from secateur.space import Space
@@ -56,6 +59,74 @@ class Sensitivity:
             return total
 
         return expected
+
+
+@dataclass(frozen=True)
+class Influence:
+    """The proxy of a search that measures nothing: how far cuts turn the stream, added up over the layers.
+
+    A dropped layer costs its block influence, by which it turns the stream. A layer that loses a share of what one of
+    its axes does loses that share of its influence. An axis that runs through several layers, the hidden size, is part
+    of what each of them reads: its lost share counts once for each layer of the dense model.
+    """
+
+    kinds: Sequence[str]
+    """Kinds of axes that may be cut."""
+    depth: Ladder
+    """With the sum of the block influences in place of the KL."""
+
+    def loss(self, space: Space, scores: Scores, dense: Mapping[str, int]) -> Callable[[Mapping[str, int]], float]:
+        """The proxy: sizes -> expected loss; arguments as for `Sensitivity.loss`."""
+        layers = [layer.name for layer in space.layers()]
+        inside = {a.name: next((n for n in layers if f"{a.block}.".startswith(f"{n}.")), None) for a in space.axes}
+
+        @functools.cache
+        def lost(kind: str, units: int, gone: tuple[str, ...]) -> float:
+            total = 0.0
+            for axis in space.of_kind(kind):
+                layer = inside[axis.name]
+                if layer not in gone:
+                    weight = scores.blocks[layer] if layer is not None else max(1, len(layers))
+                    total += weight * axis_loss(axis, scores.axes[axis.name], units)
+            return total
+
+        def expected(sizes: Mapping[str, int]) -> float:
+            gone, total = self.depth[dense["layers"] - sizes["layers"]] if "layers" in sizes else ((), 0.0)
+            for kind in self.kinds:
+                units = sizes[kind]
+                if kind == "heads":  # those of the groups that go are the groups' loss
+                    units = per_group(sizes) * dense.get("kv_groups", 1)
+                total += lost(kind, units, gone)
+            return total
+
+        return expected
+
+
+def least_influence(model: nn.Module, space: Space, scores: Scores, count: int, track: Track = quiet) -> Ladder:
+    """Drop up to `count` layers by block influence alone: the least goes first, of equal ones the earlier.
+
+    Layers that cannot go are passed over as by `drop_layers`; nothing but meta tensors is made to find that out.
+
+    Returns:
+        For 0, 1, 2... dropped layers: their names in the model's order, and the sum of their block influences.
+    """
+    order = [layer.name for layer in space.layers()]
+    shapes = copy.deepcopy(model, {id(p): _meta(p) for p in model.parameters()})
+    drop_hooks(shapes)
+    ladder: list[tuple[tuple[str, ...], float]] = [((), 0.0)]
+    for _ in track(list(range(count)), f"choosing {count} layers to drop"):
+        gone = ladder[-1][0]
+        left = sorted((name for name in order if name not in gone), key=lambda name: scores.blocks[name])
+        trials = tried_removals(shapes, space, order, gone, left, lambda _: 0.0, 1)
+        if not trials:
+            return ladder
+        names = trials[0][2]
+        ladder.append((names, sum(scores.blocks[name] for name in names)))
+    return ladder
+
+
+def _meta(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
 
 
 def probe_kinds(

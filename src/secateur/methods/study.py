@@ -17,11 +17,19 @@ from secateur.cut import apply
 from secateur.errors import SecateurError
 from secateur.load.model import fingerprint, fingerprint_data
 from secateur.measure.quality import Batch, Reference, compare
-from secateur.methods.sensitivity import Ladder, Sensitivity, drop_layers, probe_kinds
+from secateur.methods.sensitivity import (
+    Influence,
+    Ladder,
+    Sensitivity,
+    drop_layers,
+    least_influence,
+    probe_kinds,
+)
 from secateur.progress import Track
 from secateur.score.activation import Scores, activation_scores
 from secateur.score.cache import Cache, Entry
 from secateur.space import Space
+from secateur.walk import way
 
 
 class Study:
@@ -92,7 +100,10 @@ class Study:
 
         def compute() -> Entry:
             wanted = [] if presorted else axes
-            found = activation_scores(self.model, self.space, self.data, axes=wanted, layers=layers, track=self.track)
+            found = activation_scores(
+                self.model, self.space, self.data, axes=wanted, layers=layers, track=self.track,
+                through=way(self.model, "scores", self.track),
+            )  # fmt: skip
             return dict(found.axes), {"blocks": dict(found.blocks), "samples": found.samples, "tokens": found.tokens}
 
         with self.timed("scoring"):
@@ -111,6 +122,16 @@ class Study:
         with self.timed("depth"):
             _, values = self._cached(compute, what="depth", count=count, blocks=dict(scores.blocks))
         return [(tuple(names), kl) for names, kl in values["ladder"]]
+
+    def influence(self, scores: Scores, grid: Grid) -> Influence:
+        """What a search that measures nothing goes by; sizes that no kind may change cost nothing."""
+        most = grid.dense["layers"] - min(grid.choices["layers"]) if "layers" in grid.choices else 0
+        return Influence(list(grid.probes()), self.shallow(scores, most) if "layers" in grid.choices else [])
+
+    def shallow(self, scores: Scores, count: int) -> Ladder:
+        """Up to `count` layers dropped by block influence alone."""
+        with self.timed("depth"):
+            return least_influence(self.model, self.space, scores, count, self.track)
 
     def sensitivity(self, scores: Scores, grid: Grid, *, presorted: bool) -> Sensitivity:
         """What one cut of each kind, and the dropped layers, really cost."""

@@ -1,12 +1,13 @@
 """A survey of a dense model: what everything that reads an axis meets, and in which order its units go.
 
 One forward pass, block by block, gives X'X of every consumer, one backward pass what errors at its output cost;
-structured OBS (`score.obs`) makes of both the order in which units go. From then on any size of any axis is worked out
-in closed form, without data: W' = W C_:,S (C_SS + lambda I)^-1. So a survey that was saved serves every budget.
+structured OBS (`score.obs`) makes of both the order in which units go, and what every size loses. `methods.surveying`
+makes one. Where the moments are kept, any size of any axis is worked out in closed form from then on, without data:
+W' = W C_:,S (C_SS + lambda I)^-1. So a survey that was saved serves every budget.
 """
 
 import json
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,28 +17,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from secateur.choose.plan import Kept, Plan
 from secateur.cut.tensors import cut_tensors
 from secateur.errors import SecateurError
-from secateur.load.batches import Batch, size_of
-from secateur.load.model import fingerprint, fingerprint_data
-from secateur.mend.damping import enough
+from secateur.load.model import fingerprint
 from secateur.methods.counterparts import bias_of, bias_places
-from secateur.progress import Track, quiet
-from secateur.score.fisher import output_gradients
-from secateur.score.grams import Gram, grams
-from secateur.score.obs import Consumed, by_unit, eliminate
 from secateur.space import Axis, Space
-from secateur.space.trace import Inputs
-from secateur.space.weights import Part, Weight, maskable
-from secateur.walk import walk
+from secateur.space.weights import Part, Weight
 
 FORMAT = 1
-AT_ONCE_FROM = 1024
-"""Units of an axis from which 2% go at once in the search for their order."""
+WIDE = 4096
+"""Columns above which a matrix is worked in float32 and in place, and levels are never solved one by one: at 14336 (an
+8B Llama) a second moment takes 1.6 GB in float64, and a solve minutes; float32 is exact enough with its damping."""
 KEPT_BYTES = 2**29
 """Solved matrices that are kept for the next question."""
 
@@ -84,6 +76,11 @@ class Survey:
         damping: Share of the mean of the diagonal of C that is added to it.
         identity: What the survey depends on.
         samples: Calibration samples.
+        thin: Weights that met fewer rows than they have columns: only the damping makes their repair unique.
+        ladders: Axis -> what it loses without so many rounds of its order, float64 [rounds + 1] (`score.obs.Ladder`).
+        joint: Axis -> the same together with rounds of its parent, [rounds of the parent + 1, rounds + 1].
+        gradients: The losses are weighted by gradients at the outputs.
+        moments: The consumers are there; without them there are orders and ladders alone.
     """
 
     model: nn.Module
@@ -95,7 +92,10 @@ class Survey:
     identity: Mapping[str, str]
     samples: int
     thin: tuple[str, ...] = ()
-    """Weights that met fewer rows than they have columns: only the damping makes their repair unique."""
+    ladders: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    joint: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    gradients: bool = True
+    moments: bool = True
     _solved: "OrderedDict[Any, tuple[torch.Tensor, torch.Tensor]]" = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
@@ -104,6 +104,9 @@ class Survey:
             for name in consumer.axes:
                 self.by_axis.setdefault(name, []).append(i)
         self.parameters = dict(self.model.named_parameters())
+        wide = any(len(c.mean) > WIDE for c in self.consumers)
+        self.by_ladder = not self.moments or (wide and self.ladders.keys() >= self.orders.keys())
+        """What sizes lose is read from the ladders, for all axes alike, and not solved for each."""
 
     def kept(self, axis: Axis, per_group: int) -> torch.Tensor:
         """Units that stay, ascending, where so many do in each group."""
@@ -164,12 +167,37 @@ class Survey:
         return max(0.0, float(worth) / 2)
 
     def axis_loss(self, sizes: Sizes) -> float:
-        """The same for all consumers of the axes that are named."""
+        """The same for all consumers of the axes that are named.
+
+        By ladder, it counts the damping of the order as rows that were met, too: a little more than by solving.
+        """
+        if self.by_ladder:
+            return self._by_ladder(sizes)
         numbers = dict.fromkeys(i for name in sizes for i in self.by_axis.get(name, ()))
         return sum(self.lost(i, sizes) for i in numbers)
 
+    def _by_ladder(self, sizes: Sizes) -> float:
+        gone = {a.name: a.per_group - sizes[a.name] for a in self.space.axes if a.name in sizes}
+        total = 0.0
+        for name, rounds in gone.items():
+            parent = self.space.axis(name).parent
+            if name in self.joint and parent is not None and parent in gone:  # what the parent loses is counted there
+                total += float(self.joint[name][gone[parent], rounds] - self.joint[name][gone[parent], 0])
+            elif name in self.ladders:
+                total += float(self.ladders[name][rounds])
+        return max(0.0, total)
+
+    def _must_have(self, what: str) -> None:
+        if not self.moments:
+            raise SecateurError(f"{what} needs the second moments, which this survey did not keep: make it with them")
+
     def gone_loss(self, axes: Sequence[str]) -> float:
-        """What it costs that nothing of some axes is left."""
+        """What it costs that nothing of some axes is left.
+
+        Raises:
+            SecateurError: without the moments, as in `tensors` and `save`.
+        """
+        self._must_have("what a whole block loses")
         total = 0.0
         for i in dict.fromkeys(i for name in axes for i in self.by_axis.get(name, ())):
             consumer = self.consumers[i]
@@ -196,6 +224,7 @@ class Survey:
             sizes: of the axes that are cut.
             weights: only these; None = all that change.
         """
+        self._must_have("repair by a survey")
         found: dict[str, torch.Tensor] = {}
         cut = {name for name, size in sizes.items() if size != self.space.axis(name).per_group}
         for number in dict.fromkeys(i for name in cut for i in self.by_axis.get(name, ())):
@@ -219,18 +248,10 @@ class Survey:
 
     def save(self, folder: Path) -> None:
         """Write survey.json and survey.safetensors into an existing folder."""
-        tensors: dict[str, torch.Tensor] = {f"order:{name}": order for name, order in self.orders.items()}
-        places: list[dict[str, Any]] = []
-        for i, consumer in enumerate(self.consumers):
-            tensors |= {f"{i}:second": consumer.second, f"{i}:mean": consumer.mean}
-            tensors |= {f"{i}:axis:{name}": units for name, units in consumer.axes.items()}
-            tensors |= {} if consumer.output is None else {f"{i}:output": consumer.output}
-            weight = consumer.weight
-            shape = [list(weight.shape), list(weight.rows), list(weight.columns), weight.groups]
-            entry: dict[str, Any] = {"weight": [weight.name, *shape], "output": consumer.output is not None}
-            entry["part"] = [list(span) for span in consumer.part]
-            entry |= {"axes": list(consumer.axes), "shifts": consumer.shifts, "damping": consumer.damping}
-            places.append(entry)
+        self._must_have("a survey that is saved")
+        tensors, places = stored(dict(enumerate(self.consumers)))
+        found = {"order": self.orders, "ladder": self.ladders, "joint": self.joint}
+        tensors |= {f"{what}:{name}": x for what, named in found.items() for name, x in named.items()}
         content = {
             "format": FORMAT,
             "identity": dict(self.identity),
@@ -239,6 +260,7 @@ class Survey:
             "left": dict(self.left),
             "thin": list(self.thin),
             "axes": list(self.orders),
+            "gradients": self.gradients,
             "consumers": places,
         }
         save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, folder / "survey.safetensors")
@@ -261,11 +283,12 @@ def load_survey(folder: Path, model: nn.Module, space: Space) -> Survey:
                 f"the survey in {folder} was made of another model ({content['identity'].get('name') or 'unnamed'}): "
                 "make one of this model (secateur survey)"
             )
-        consumers = tuple(_read_consumer(i, entry, tensors) for i, entry in enumerate(content["consumers"]))
+        consumers = tuple(read_consumer({"number": i} | e, tensors) for i, e in enumerate(content["consumers"]))
         orders = {name: tensors[f"order:{name}"] for name in content["axes"]}
+        more = [named(tensors, "ladder"), named(tensors, "joint"), content.get("gradients", True)]  # older ones: none
         return Survey(
             model, space, consumers, orders, content["left"], content["damping"], content["identity"],
-            content["samples"], tuple(content["thin"]),
+            content["samples"], tuple(content["thin"]), *more,
         )  # fmt: skip
     except SecateurError:
         raise
@@ -273,8 +296,32 @@ def load_survey(folder: Path, model: nn.Module, space: Space) -> Survey:
         raise SecateurError(f"no readable survey in {folder}: {error}") from error
 
 
-def _read_consumer(i: int, entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Consumer:
+def named(tensors: Mapping[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
+    """Axis -> the tensor that was stored as ``what:axis``."""
+    return {name.removeprefix(f"{what}:"): x for name, x in tensors.items() if name.startswith(f"{what}:")}
+
+
+def stored(consumers: Mapping[int, Consumer]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Consumers by number, as tensors and JSON values that `read_consumer` understands."""
+    tensors: dict[str, torch.Tensor] = {}
+    places: list[dict[str, Any]] = []
+    for i, consumer in consumers.items():
+        tensors |= {f"{i}:second": consumer.second, f"{i}:mean": consumer.mean}
+        tensors |= {f"{i}:axis:{name}": units for name, units in consumer.axes.items()}
+        tensors |= {} if consumer.output is None else {f"{i}:output": consumer.output}
+        weight = consumer.weight
+        shape = [list(weight.shape), list(weight.rows), list(weight.columns), weight.groups]
+        entry: dict[str, Any] = {"weight": [weight.name, *shape], "output": consumer.output is not None}
+        entry |= {"number": i, "part": [list(span) for span in consumer.part]}
+        entry |= {"axes": list(consumer.axes), "shifts": consumer.shifts, "damping": consumer.damping}
+        places.append(entry)
+    return tensors, places
+
+
+def read_consumer(entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Consumer:
+    """One of those that `stored` wrote."""
     name, shape, rows, columns, groups = entry["weight"]
+    i = entry["number"]
     return Consumer(
         Weight(name, tuple(shape), tuple(rows), tuple(columns), groups),
         tuple((a, b) for a, b in entry["part"]),
@@ -291,196 +338,29 @@ def refitted(
     matrix: torch.Tensor, consumer: Consumer, stays: torch.Tensor, damping: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W' = (W C_:,S + lambda W_S)(C_SS + lambda I)^-1 with zeros elsewhere, and (W - W') E[x] where that counts."""
-    W, C = matrix.double().cpu(), consumer.second.double()
+    kind = torch.float32 if len(consumer.second) > WIDE else torch.float64
+    W, C = matrix.to("cpu", kind), consumer.second.to(kind)
     new = torch.zeros_like(W)
     kept = stays.nonzero().flatten()
     if len(kept) == W.shape[1]:
         return matrix, torch.zeros(len(matrix))
     if len(kept):
         more = damping * float(C.diagonal().mean()) or 1.0
-        inner = C[kept][:, kept]
-        inner.diagonal().add_(more)
-        new[:, kept] = torch.linalg.solve(inner, C[kept] @ W.T + more * W[:, kept].T).T
-    shift = (W - new) @ consumer.mean.double() if consumer.shifts else torch.zeros(len(W), dtype=torch.float64)
+        new[:, kept] = _ridge(C, kept, C[kept] @ W.T + more * W[:, kept].T, more).T
+    shift = (W - new).double() @ consumer.mean.double() if consumer.shifts else torch.zeros(len(W), dtype=torch.float64)
     return new.to(matrix.device, matrix.dtype), shift.to(torch.float32)
 
 
-def survey(
-    model: nn.Module,
-    space: Space,
-    axes: Sequence[Axis],
-    data: Sequence[Batch],
-    *,
-    rows: Sequence[Batch] | None = None,
-    inputs: Inputs = None,
-    damping: float = 1e-3,
-    order_damping: float = 1e-2,
-    seed: int = 0,
-    name: str = "",
-    track: Track = quiet,
-) -> Survey:
-    """Find out what reads the axes, what it meets, and in which order units go.
-
-    Args:
-        model: the dense model; it stays as it is.
-        space: its Space.
-        axes: those that may be cut. What nothing reads as a matrix is left out, and listed in `left`.
-        data: calibration batches for the second moments of inputs.
-        rows: those for the gradients; all by default.
-        inputs: arguments of one forward pass, for weights that only a forward pass explains.
-        damping: share of the mean of the diagonal of C that is added to it for repair; more where rows are few.
-        order_damping: the same for the order.
-        seed: of the outputs that the model draws.
-        name: of the model, for error messages.
-        track: shows progress.
-
-    Raises:
-        SecateurError: without data, for a damping that is not above 0, and activations that are not finite.
-    """
-    if not data:
-        raise SecateurError("a survey needs data: give batches, or 'self' for a language model that writes its own")
-    for option, value in (("damping", damping), ("order_damping", order_damping)):
-        if not 0 < value < float("inf"):
-            raise SecateurError(f"{option} {value} must be above 0 and finite")
-    reads = {axis.name: _reads(space, axis) for axis in axes}
-    left = {n: "nothing that is multiplied with reads it" for n, found in reads.items() if not found}
-    names = dict.fromkeys(p for found in reads.values() for p, _ in found)
-    if not names:
-        raise SecateurError("no weight reads the axes that may be cut: allow others")
-    weights = maskable(model, inputs, only=list(names))
-    watched = {w.name: w for w in weights}
-    gradients = _gradients(model, list(watched), data if rows is None else rows, seed, track)
-    consumers, unseen, thin = _consumers(model, space, watched, reads, data, gradients, track)
-    left |= {n: f"no calibration data reaches {p}" for n, found in reads.items() for p, _ in found if p in unseen}
-    left |= {n: f"{p} is no matrix" for n, found in reads.items() for p, _ in found if p not in watched}
-    orders = {}
-    prepared = [_consumed(model, consumer, max(order_damping, consumer.damping)) for consumer in consumers]
-    for axis in track([a for a in axes if a.name not in left], "in which order units go"):
-        own = [
-            Consumed(*prepared[i], by_unit(consumer.axes[axis.name], axis.size))
-            for i, consumer in enumerate(consumers)
-            if axis.name in consumer.axes
-        ]
-        share = 0.02 if axis.per_group > AT_ONCE_FROM else 0.0
-        orders[axis.name] = eliminate(own, axis.size, axis.groups, rounds_at_once=share)
-    identity = {"model": fingerprint(model), "data": _fingerprint(data), "name": name}
-    samples = sum(map(size_of, data))
-    return Survey(model, space, tuple(consumers), orders, left, damping, identity, samples, tuple(thin))
-
-
-def _fingerprint(data: Sequence[Batch]) -> str:
-    """Of the tensors in all batches."""
-    leaves = [[x for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor)] for batch in data]
-    return fingerprint_data([{str(i): x for i, x in enumerate(found)} for found in leaves])
-
-
-def _reads(space: Space, axis: Axis) -> list[tuple[str, torch.Tensor]]:
-    """Consumers of an axis: (parameter, which unit each row of its input dimension is, -1 for none)."""
-    found: dict[str, torch.Tensor] = {}
-    dims: dict[str, int] = {}
-    for reader, part in space.consumers(axis):
-        name, dim = reader.parameter, reader.in_dim
-        if name not in space.parameters:
-            continue
-        rows = part.rows()
-        own = torch.full((space.parameters[name].shape[dim],), -1, dtype=torch.int64)
-        own[rows] = torch.arange(axis.size)[:, None].expand_as(rows)
-        units = found.setdefault(name, torch.full_like(own, -1))
-        clash = (units >= 0) & (own >= 0) & (units != own)
-        if dims.setdefault(name, dim) != dim or len(set(rows.flatten().tolist())) < rows.numel() or bool(clash.any()):
-            return []
-        found[name] = torch.where(own >= 0, own, units)  # a unit may be read in several places (concatenated twice)
-    shapes = {n: [-1 if d == dims[n] else 1 for d in range(len(space.parameters[n].shape))] for n in found}
-    return [(name, units.reshape(shapes[name])) for name, units in found.items()]
-
-
-def _gradients(
-    model: nn.Module, names: Sequence[str], rows: Sequence[Batch], seed: int, track: Track
-) -> dict[str, torch.Tensor]:
-    """Weight -> second moment of the gradients at its module's output, or at that of the module around it."""
-    owners = {name: [name.rpartition(".")[0], name.rpartition(".")[0].rpartition(".")[0]] for name in names}
-    paths = dict.fromkeys(path for found in owners.values() for path in found if path)
-    moments = output_gradients(model, list(paths), rows, seed=seed, track=track)
-    return {
-        name: next(moments[path] for path in found if path in moments)
-        for name, found in owners.items()
-        if any(path in moments for path in found)
-    }
-
-
-def _consumers(
-    model: nn.Module,
-    space: Space,
-    weights: Mapping[str, Weight],
-    reads: Mapping[str, Sequence[tuple[str, torch.Tensor]]],
-    data: Sequence[Batch],
-    gradients: Mapping[str, torch.Tensor],
-    track: Track,
-) -> tuple[list[Consumer], set[str], list[str]]:
-    """Every matrix with what it meets; weights that nothing reached, and those that met too few rows."""
-    parameters = dict(model.named_parameters())
-    norms = any(isinstance(m, _BatchNorm) for m in model.modules())
-    active = {router.parameter: router.active for router in space.routers}
-    found: list[Consumer] = []
-    unseen: set[str] = set()
-    thin: list[str] = []
-    for stage in walk(model, data, list(weights.values()), track=track):
-        groups = grams(stage.run, stage.weights, parameters, full=True, last=stage.last)
-        met = Counter[str]()
-        for read in (read for group in groups for read in group):
-            met[read.weight.name] += read.gram.rows if read.gram is not None else 0
-        for group in groups:
-            moments = _moments(group[0].gram)
-            for read in group:
-                name = read.weight.name
-                if not met[name]:
-                    unseen.add(name)
-                    continue
-                matrix = read.weight.matrix(parameters[name].detach(), read.part)
-                rows, columns = matrix.shape
-                # An expert that no token met loses nothing and is sliced as it is.
-                count, second, mean = moments or (0, torch.zeros(columns, columns), torch.zeros(columns))
-                if count < columns and name not in thin:
-                    thin.append(name)
-                owner = model.get_submodule(name.rpartition(".")[0])
-                convolves = isinstance(owner, nn.modules.conv._ConvNd)
-                shifts = bias_of(read.weight, parameters) is not None or (convolves and norms)
-                axes = {}
-                for axis, places in reads.items():
-                    for other, units in places:
-                        if other == name:
-                            axes[axis] = read.weight.matrix(units.expand(read.weight.shape), read.part)[0].clone()
-                own = second - torch.outer(mean, mean) if shifts else second
-                output = _output(read.weight, read.part, gradients.get(name))
-                if name in active:  # an expert that few tokens meet matters less
-                    output = (torch.eye(rows) if output is None else output) * (count * active[name] / met[name])
-                few = enough(0.0, count, columns)
-                found.append(Consumer(read.weight, read.part, axes, own, mean, output, shifts, few))
-    return found, unseen, thin
-
-
-def _moments(gram: Gram | None) -> tuple[int, torch.Tensor, torch.Tensor] | None:
-    """Rows, second moment and mean of what came by."""
-    if gram is None or gram.total is None:
-        return None
-    return gram.rows, (gram.full() / gram.rows).float().cpu(), (gram.total / gram.rows).float().cpu()
-
-
-def _output(weight: Weight, part: Part, moment: torch.Tensor | None) -> torch.Tensor | None:
-    """The part of the outputs' second moment that a part of the weight makes."""
-    if moment is None or len(weight.rows) != 1:
-        return None
-    a, b = part[weight.rows[0]]
-    if len(moment) == weight.shape[weight.rows[0]]:
-        return moment[a:b, a:b]
-    return moment if len(moment) == b - a else None
-
-
-def _consumed(model: nn.Module, consumer: Consumer, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(W' G W, inverse of the damped second moment)."""
-    W = consumer.weight.matrix(dict(model.named_parameters())[consumer.weight.name].detach(), consumer.part)
-    W = W.double().cpu()
-    worth = W.T @ W if consumer.output is None else W.T @ consumer.output.double() @ W
-    C = consumer.second.double()
-    C = C + torch.eye(len(C), dtype=torch.float64) * (damping * float(C.diagonal().mean()) or 1.0)
-    return worth, torch.cholesky_inverse(torch.linalg.cholesky(C))
+def _ridge(C: torch.Tensor, kept: torch.Tensor, wanted: torch.Tensor, more: float) -> torch.Tensor:
+    """(C_SS + more I)^-1 wanted."""
+    inner = C[kept][:, kept]
+    inner.diagonal().add_(more)
+    if C.dtype == torch.float32:
+        failed = torch.zeros((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(inner.mT, out=(inner.mT, failed))  # in place
+        if not bool(failed):
+            return torch.cholesky_solve(wanted, inner.mT)
+        inner = C[kept][:, kept].double()  # slow and large, and right where float32 does not do
+        inner.diagonal().add_(more)
+    found: torch.Tensor = torch.linalg.solve(inner, wanted.to(inner.dtype))
+    return found.to(C.dtype)

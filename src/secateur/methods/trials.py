@@ -165,14 +165,16 @@ class Prefix:
     Args:
         model: a copy of the dense model, uncut while this is made or moved on.
         batches: that it is run on.
+        own: numbers of those that are asked for; all by default.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], own: Sequence[int] | None = None) -> None:
         self.model, self.batches = model, batches
+        self.own = range(len(batches)) if own is None else own
         self.chain = chain_of(model, batches[0])
         self.done = 0
         """Blocks whose results are not worked out again."""
-        self.kept: list[Any] = []
+        self.kept: dict[int, Any] = {}
 
     def before(self, path: str) -> int:
         """How many blocks of the chain lie before the one that holds a module or parameter."""
@@ -192,13 +194,13 @@ class Prefix:
             handle = module.register_forward_hook(take)
             try:
                 with evaluating(self.model), torch.inference_mode(), self.replaying() as at:
-                    for index, batch in enumerate(self.batches):
+                    for index in self.own:
                         at(index)
                         with contextlib.suppress(Enough):
-                            run(self.model, batch)
+                            run(self.model, self.batches[index])
             finally:
                 handle.remove()
-            self.kept, self.done = found, self.done + 1
+            self.kept, self.done = dict(zip(self.own, found, strict=True)), self.done + 1
 
     @contextmanager
     def replaying(self) -> Iterator[Callable[[int], None]]:
@@ -231,11 +233,15 @@ def prefix_of(trials: Trials) -> Prefix | None:
     if trials.adapt or trials.score is not None:
         return None
     closeness = trials.closeness
-    return find_prefix(trials.model, closeness.batches, lambda at: closeness(trials.model, [0], at))
+    own = closeness.own(range(len(closeness.batches)))
+    return find_prefix(trials.model, closeness.batches, lambda at: closeness(trials.model, [0], at), own)
 
 
 def find_prefix(
-    model: nn.Module, batches: Sequence[Batch], measure: Callable[[Callable[[int], None] | None], Any]
+    model: nn.Module,
+    batches: Sequence[Batch],
+    measure: Callable[[Callable[[int], None] | None], Any],
+    own: Sequence[int] | None = None,
 ) -> Prefix | None:
     """A prefix for a copy of the dense model, or None where its blocks form no chain that can be replayed.
 
@@ -245,6 +251,7 @@ def find_prefix(
         model: the copy.
         batches: that it will be run on.
         measure: runs the model on the first batch; what it returns must be the same whatever is replayed.
+        own: numbers of the batches that will be asked for; all by default.
     """
     try:
         probe = Prefix(model, batches[:1])
@@ -257,4 +264,4 @@ def find_prefix(
                 same = same and measure(at) == whole
     except (RuntimeError, TypeError, ValueError, SecateurError):  # other blocks read what is not worked out any more
         return None
-    return Prefix(model, batches) if same else None
+    return Prefix(model, batches, own) if same else None

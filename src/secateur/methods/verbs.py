@@ -4,13 +4,14 @@ import importlib.metadata
 import inspect
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from secateur import world
 from secateur.choose.budget import Budget
 from secateur.choose.plan import Plan
 from secateur.choose.rescore import MaskScores
@@ -18,11 +19,16 @@ from secateur.cut import apply
 from secateur.errors import SecateurError, nearest
 from secateur.load.batches import Batch, size_of
 from secateur.load.data import Tokenizer, load_tokens, sample_tokens
+from secateur.load.megatron import closed, is_megatron, opened, token_batches, token_inputs
+from secateur.load.megatron_stages import stage_count
 from secateur.load.model import fingerprint
-from secateur.measure.classify import classify, compare_classes, labelled
+from secateur.load.shared import check_alike, check_enough
+from secateur.load.store import held
+from secateur.measure.classify import classify, labelled
 from secateur.measure.quality import Reference, compare, perplexity
 from secateur.mend.batch_norm import adapt_batch_norm as estimate_anew
 from secateur.methods import MASKING, METHODS, Decision
+from secateur.methods.comparing import compared
 from secateur.methods.repair import check_mend, repair
 from secateur.methods.reporting import report_of
 from secateur.progress import Track, quiet
@@ -130,6 +136,7 @@ def budget_of(budget: Budget | str | Sequence[str] | Mapping[str, int]) -> Budge
     return Budget.parse(dims=budget) if isinstance(budget, Mapping) else Budget.parse(budget)
 
 
+@world.splitting()
 def decide(
     model: nn.Module,
     budget: Budget | str | Sequence[str] | Mapping[str, int],
@@ -141,10 +148,20 @@ def decide(
     **options: Any,
 ) -> Decision:
     """As `plan`, with the Space and the details of how the decision came about."""
+    if is_megatron(model):
+        _stage_mend(model, method, None)
+        model, data, inputs = opened(model), token_batches(data), token_inputs(inputs)
     own, loading = _parted(method, options, inputs)
     parsed = budget_of(budget)
+    _check_clock(parsed)
     rows = _calibration(model, method, data, loading, track)
     return METHODS[method](model, parsed, rows, track=track, **own)
+
+
+def _check_clock(budget: Budget) -> None:
+    """Raise SecateurError where several processes would disturb each other's clocks."""
+    if world.split() and "latency" in budget.limits:
+        raise SecateurError("a budget of latency is measured, and several processes would slow each other: take one")
 
 
 def _parted(method: str, options: Mapping[str, Any], inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -163,7 +180,12 @@ def _parted(method: str, options: Mapping[str, Any], inputs: Inputs) -> tuple[di
 
 def _calibration(model: nn.Module, method: str, data: Data, loading: Mapping[str, Any], track: Track) -> list[Batch]:
     """The batches that a method gets; none where it is given none and can do without."""
-    return [] if data is None and not needs_data(method) else batches_of(model, data, track=track, **loading)
+    if data is None and not needs_data(method):
+        return []
+    found = batches_of(model, data, track=track, **loading)
+    check_enough(found)
+    check_alike(found)
+    return found
 
 
 def needs_data(method: str) -> bool:
@@ -189,6 +211,7 @@ def plan(model: nn.Module, budget: Budget | str | Sequence[str] | Mapping[str, i
     return decision.plan
 
 
+@world.splitting()
 def prune(
     model: nn.Module,
     budget: Budget | str | Sequence[str] | Mapping[str, int],
@@ -223,6 +246,9 @@ def prune(
     Raises:
         SecateurError: for bad input.
     """
+    if is_megatron(model):
+        given = {"mend": mend, "adapt_batch_norm": adapt_batch_norm, "inputs": inputs, "name": name, "track": track}
+        return _pruned_megatron(model, budget, method, (data, eval_data), {**given, **options})
     begin = time.perf_counter()
     check_repair(mend, method, has_data=data is not None)
     if adapt_batch_norm and data is None:
@@ -230,15 +256,22 @@ def prune(
     own, loading = _parted(method, options, inputs)
     every = {name: value for name, value in loading.items() if name != "samples"}
     held_out = None if eval_data is None else batches_of(model, eval_data, track=track, **every)
+    if held_out is not None:
+        check_enough(held_out, "the evaluation data")
+        check_alike(held_out, "the evaluation data")
     parsed = budget_of(budget)
+    _check_clock(parsed)
     statistics = batches_of(model, data, track=track, **every) if adapt_batch_norm else []
     rows = _calibration(model, method, statistics or data, loading, track)
     decision = METHODS[method](model, parsed, rows, track=track, **own)
     base = decision.base or model
-    pruned = apply(base, decision.plan, space=decision.space, inputs=inputs)
-    mended = _repaired(base, pruned, decision, mend, rows, track)
+    if decision.pruned is None:
+        pruned = apply(base, decision.plan, space=decision.space, inputs=inputs)
+        mended = _repaired(base, pruned, decision, mend, rows, track)
+    else:
+        pruned, mended = decision.pruned, None
     adapted = estimate_anew(pruned, statistics, track=track) if adapt_batch_norm else 0
-    measured = None if held_out is None else _compared(pruned, model, held_out, track)
+    measured = None if held_out is None else compared(pruned, model, held_out, track)
     origin = {
         "model": name or type(model).__name__,
         "fingerprint": fingerprint(model),
@@ -260,6 +293,31 @@ def prune(
     return Result(pruned, decided, report, decision.scores)
 
 
+def _pruned_megatron(
+    model: nn.Module,
+    budget: Budget | str | Sequence[str] | Mapping[str, int],
+    method: str,
+    data: tuple[Data, Data],
+    options: dict[str, Any],
+) -> Result:
+    """`prune` for a model of Megatron-Core, which is opened for it and closed again."""
+    options |= {"mend": _stage_mend(model, method, options["mend"]), "inputs": token_inputs(options["inputs"])}
+    options["name"] = options["name"] or type(model).__name__
+    given, held_out = map(token_batches, data)
+    result = prune(opened(model), budget, method=method, data=given, eval_data=held_out, **options)
+    return replace(result, model=closed(result.model))
+
+
+def _stage_mend(model: nn.Module, method: str, mend: str | None) -> str | None:
+    """The repair of a Megatron model: under pipeline parallelism there is none, and one method."""
+    if stage_count(model) == 1:
+        return mend
+    if method != "minitron" or mend not in (None, "none"):
+        asked = f"method {method}" if method != "minitron" else f"mend {mend}"
+        raise SecateurError(f"{asked} does not work over pipeline stages: use minitron, without a repair (mend none)")
+    return "none"
+
+
 def check_repair(mend: str | None, method: str, *, has_data: bool) -> None:
     """Raise SecateurError for a repair that there is not, or that has nothing to work on or with."""
     if mend is not None:
@@ -277,8 +335,8 @@ def _repaired(
 ) -> dict[str, Any] | None:
     """Repair the pruned model, in place: with the method's own weights, then in closed form; what the report tells."""
     parameters = dict(pruned.named_parameters())
-    with torch.no_grad():
-        for name, values in decision.weights.items():
+    for name, values in decision.weights.items():
+        with held(pruned, names=[name]), torch.no_grad():
             parameters[name].copy_(values)
     plan = decision.plan
     if plan.only_masks or not (plan.kept or plan.dropped):
@@ -289,25 +347,13 @@ def _repaired(
     return repair(dense, pruned, plan, decision.space, rows, mend=way, track=track)
 
 
-def _compared(pruned: nn.Module, dense: nn.Module, batches: Sequence[Any], track: Track) -> dict[str, Any]:
-    """What the cut cost, in the measures of the kind of model that the batches are for."""
-    if labelled(batches):
-        return compare_classes(pruned, dense, batches, track)
-    found = compare(pruned, Reference(dense, batches, track=track), track)
-    return {
-        "tokens": found.tokens,
-        "perplexity": {"dense": found.dense_perplexity, "pruned": found.perplexity},
-        "kl": found.kl,
-        "top1": found.top1,
-    }
-
-
 def _data_name(data: Data) -> str:
     if data is None:
         return "self"
     return str(data) if isinstance(data, str | Path) else "given batches"
 
 
+@world.splitting()
 def evaluate(
     model: nn.Module, data: Data, *, against: nn.Module | None = None, track: Track = quiet, **loading: Any
 ) -> dict[str, float]:
@@ -333,6 +379,8 @@ def evaluate(
     for name in loading:
         if name not in LOADING:
             raise SecateurError(f"evaluate has no option {name!r}{nearest(name, LOADING)}")
+    if is_megatron(model):
+        model, against, data = opened(model), against and opened(against), token_batches(data)
     rows: list[Any] = batches_of(against if against is not None else model, data, track=track, **loading)
     if labelled(rows):
         return _classified(model, rows, against, track)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.choose.plan import READ
 from secateur.errors import SecateurError
 from secateur.methods.reporting import FORMAT
 
@@ -87,20 +88,21 @@ def read(folder: str | Path, *, shown: str | Path | None = None) -> Run:
         str(named),
         named.name or named.resolve().name,
         report,
-        _optional(place / "plan.json", kind=None),
+        _optional(place / "plan.json", kind=None, formats=READ),
         _optional(place / "sensitivity.json", kind="sensitivity"),
         _optional(place / "bench.json", kind="bench"),
         {p.name: p.stat().st_size for p in sorted(place.iterdir()) if p.is_file()},
     )
 
 
-def check_format(content: Mapping[str, Any], path: Path) -> None:
+def check_format(content: Mapping[str, Any], path: Path, formats: Sequence[int] = (FORMAT,)) -> None:
     """Raise SecateurError for a file of a format that this version does not read; none at all is of before 1."""
     found = content.get("format", FORMAT)
-    if found != FORMAT or isinstance(found, bool):
+    if found not in formats or isinstance(found, bool):
         version = content.get("secateur", "of an unknown version")
+        known = " and ".join(map(str, formats))
         raise SecateurError(
-            f"{path}: written by secateur {version}, format {found!r}; this version reads format {FORMAT}: use that "
+            f"{path}: written by secateur {version}, format {found!r}; this version reads format {known}: use that "
             "version, or make it again with this one"
         )
 
@@ -121,11 +123,11 @@ def step_name(entry: Mapping[str, Any]) -> str:
     return f"{entry.get('number', '')}. {entry.get('step', 'step')}{turn}".removeprefix(". ")
 
 
-def _optional(path: Path, *, kind: str | None) -> Mapping[str, Any] | None:
+def _optional(path: Path, *, kind: str | None, formats: Sequence[int] = (FORMAT,)) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
     content = _loaded(path)
-    check_format(content, path)
+    check_format(content, path, formats)
     if kind is not None and content.get("kind") != kind:
         raise SecateurError(f"{path}: it should be of kind {kind!r}, and is of {content.get('kind')!r}; take it away")
     return content

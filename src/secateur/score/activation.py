@@ -4,15 +4,18 @@ The reduction is Minitron's (Muralidharan et al. 2024, "Compact Language Models 
 Distillation", arXiv:2407.14679): R(X) = sqrt(sum over samples of (mean over the sequence of |X|)^2), in float32.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from secateur import world
 from secateur.errors import SecateurError
 from secateur.load.mode import evaluating
+from secateur.load.shared import shared
+from secateur.load.through import Through, shown, whole_passes
 from secateur.progress import Track, quiet
 from secateur.score.experts import Mixture
 from secateur.space import Axis, Slice, Space
@@ -40,18 +43,53 @@ class Scores:
 class _Watch:
     """Accumulates reductions while the model runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, batches: Sequence[Batch], mixtures: Mapping[str, Mixture]) -> None:
+        self.facts = [_facts(batch) for batch in batches]
+        self.mixtures = mixtures
         self.energy: dict[str, torch.Tensor] = {}
         self.cosine: dict[str, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
         self.mask: torch.Tensor | None = None
         self.samples = 0
         """Rows of the batch that runs."""
-        self.tokens = 0.0
+        self.turned = False
+        """Whether activations are [sequence, batch, channels]."""
+        self.counts = False
+        """Whether what runs is to be taken in."""
+
+    def at(self, index: int | None) -> None:
+        """Say which batch runs."""
+        self.counts = index is not None
+        if index is not None:
+            self.samples, self.mask = self.facts[index].samples, self.facts[index].mask
+        self.inputs.clear()
+
+    def _sums(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        yield "energy", self.energy
+        yield "cosine", self.cosine
+        for path, mixture in self.mixtures.items():
+            yield f"experts of {path}", mixture.energy
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All sums, by name."""
+        found = {f"{kind}:{key}": total for kind, sums in self._sums() for key, total in sums.items()}
+        for path, mixture in self.mixtures.items():
+            found |= {f"saliency:{path}": mixture.saliency.clone(), f"routed:{path}": mixture.routed.clone()}
+        return found
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put sums back."""
+        for kind, sums in self._sums():
+            sums.clear()
+            sums |= {name.removeprefix(f"{kind}:"): x for name, x in state.items() if name.startswith(f"{kind}:")}
+        for path, mixture in self.mixtures.items():
+            mixture.saliency, mixture.routed = state[f"saliency:{path}"].clone(), state[f"routed:{path}"].clone()
 
     def reduce(self, key: str, x: torch.Tensor) -> None:
         """Add sum over samples of (mean over the sequence of |x|)^2 to what is known of `key`."""
-        x = x.detach()
+        if not self.counts:
+            return
+        x = x.detach().transpose(0, 1) if self.turned and x.dim() == 3 else x.detach()
         if x.dim() == 2:  # mixtures flatten samples and positions into rows
             x = x.reshape(self.samples, -1, x.shape[1]) if len(x) % max(1, self.samples) == 0 else x[:, None]
         x = x.flatten(1, -2).abs()
@@ -65,9 +103,11 @@ class _Watch:
 
     def compare(self, key: str, after: torch.Tensor) -> None:
         """Add the cosines between a layer's input and output, summed over positions."""
+        if not self.counts:
+            return
         cosine = torch.cosine_similarity(self.inputs.pop(key).detach().float(), after.detach().float(), dim=-1)
         if self.mask is not None:
-            cosine = cosine * self.mask.to(cosine)
+            cosine = cosine * (self.mask.T if self.turned else self.mask).to(cosine)
         total = cosine.sum(dtype=torch.float64)
         self.cosine[key] = self.cosine[key] + total if key in self.cosine else total
 
@@ -79,6 +119,7 @@ def activation_scores(
     *,
     axes: Sequence[Axis] | None = None,
     layers: bool = True,
+    through: Through = whole_passes,
     track: Track = quiet,
 ) -> Scores:
     """Score axes and layers by what they do on calibration data.
@@ -96,30 +137,34 @@ def activation_scores(
             ``attention_mask`` leaves the position out.
         axes: which axes to score; None for all of the kinds in `KINDS`.
         layers: whether to measure the layers' block influence.
+        through: how the data goes through the model.
         track: shows progress.
 
     Raises:
-        SecateurError: without any batch, where activations are not finite (names the module), or where a mixture of
-            experts cannot be observed.
+        SecateurError: without any batch, with more processes than samples, where activations are not finite (names the
+            module), or where a mixture of experts cannot be observed.
     """
     wanted = [a for a in space.axes if a.kind in KINDS] if axes is None else axes
     norms = {axis.name: [n.module for n in space.norms if n.axis == axis.name][:-1] for axis in wanted}
     where = {axis.name: _places(space, axis, norms[axis.name]) for axis in wanted}
     _check_seen(model, wanted, where)
     mixtures = _mixtures(model, space, wanted)
-    watch = _Watch()
-    samples = 0
+    given = list(batches)
+    if not given:
+        raise SecateurError("there is no calibration batch to score with")
+    own = shared(given)
+    watch = _Watch(own, mixtures)
+    watch.turned = getattr(model, "sequence_first", False)
     handles = _hook(model, watch, [key for found in where.values() for key, _ in found])
     handles += _hook_mixtures(watch, mixtures) + _hook_layers(model, watch, space if layers else None)
     try:
-        with evaluating(model), torch.inference_mode():
-            for batch in track(list(batches), "scoring"):
-                samples += _forward(model, batch, watch)
+        with world.as_one(), evaluating(model), torch.inference_mode():
+            shown(through, track, "scoring")(model, own, watch)
     finally:
         for handle in handles:
             handle.remove()
-    if samples == 0:
-        raise SecateurError("there is no calibration batch to score with")
+    if world.split() or getattr(model, "stages", None) is not None:  # each stage of a pipeline has seen its own
+        watch.restore(world.add_up_named(watch.state()))
     for key, energy in watch.energy.items():
         if not bool(torch.isfinite(energy).all()):
             place, _, module = key.partition(":")
@@ -134,23 +179,28 @@ def activation_scores(
         scores[axis.name] = _axis_score(axis, watch, where[axis.name]) if mixture is None else mixture.scores()
         if not bool(torch.isfinite(scores[axis.name]).all()):
             raise SecateurError(f"NaN or infinite activations in {axis.name}: check the weights and dtype")
-    influence = {name: 1 - float(total) / watch.tokens for name, total in watch.cosine.items()}
-    return Scores(scores, influence, samples, int(watch.tokens))
+    facts = [_facts(batch) for batch in given]
+    tokens = sum(fact.tokens for fact in facts)
+    influence = {name: 1 - float(total) / tokens for name, total in watch.cosine.items()}
+    return Scores(scores, influence, sum(fact.samples for fact in facts), int(tokens))
 
 
-def _forward(model: nn.Module, batch: Batch, watch: _Watch) -> int:
-    device = next(model.parameters()).device
-    arguments = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
-    arguments = {key: value.to(device) for key, value in arguments.items() if key != "labels"}
-    first = next(iter(arguments.values()))
-    watch.mask = arguments.get("attention_mask")
-    if watch.mask is not None and bool(watch.mask.all()):
-        watch.mask = None
-    watch.samples = int(first.shape[0])
-    watch.tokens += float(first.numel() if watch.mask is None else watch.mask.sum())
-    extra: dict[str, Any] = {"use_cache": False} if hasattr(model, "config") else {}
-    model(**arguments, **extra)
-    return watch.samples
+@dataclass(frozen=True)
+class _Facts:
+    """What is to be known of a batch."""
+
+    samples: int
+    tokens: float
+    mask: torch.Tensor | None
+    """None where all positions count."""
+
+
+def _facts(batch: Batch) -> _Facts:
+    arguments = {"": batch} if isinstance(batch, torch.Tensor) else {k: v for k, v in batch.items() if k != "labels"}
+    first, mask = next(iter(arguments.values())), arguments.get("attention_mask")
+    if mask is not None and bool(mask.all()):
+        mask = None
+    return _Facts(int(first.shape[0]), float(first.numel() if mask is None else mask.sum()), mask)
 
 
 def _places(space: Space, axis: Axis, norms: Sequence[str]) -> list[tuple[str, Slice | None]]:
@@ -160,7 +210,8 @@ def _places(space: Space, axis: Axis, norms: Sequence[str]) -> list[tuple[str, S
     if axis.kind == "experts":
         return []
     if axis.kind in ("ssm_heads", "ssm_head_dim"):
-        made = {(r.parameter, r.out_dim): r.module for r in space.readers}
+        flat = [r for r in space.readers if len(space.tensor(r.parameter).shape) == 2]  # no convolution
+        made = {(r.parameter, r.out_dim): r.module for r in flat}
         wide = [s for s in axis.slices if (s.parameter, s.dim) in made and _width(axis, s) == _width(axis)]
         if wide:  # the gate comes first and x second, where one projection makes both
             return [(f"output:{made[wide[-1].parameter, wide[-1].dim]}", wide[-1])]
@@ -219,7 +270,8 @@ def _hook_mixtures(watch: _Watch, mixtures: Mapping[str, Mixture]) -> list[Any]:
         def see(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, of: Mixture = mixture
         ) -> None:
-            of.see(args, kwargs, output, watch.samples, watch.mask)
+            if watch.counts:
+                of.see(args, kwargs, output, watch.samples, watch.mask)
 
         handles.append(mixture.module.register_forward_hook(see, with_kwargs=True))
     return handles
@@ -233,8 +285,8 @@ def _hook(model: nn.Module, watch: _Watch, keys: Sequence[str]) -> list[Any]:
         def see_input(_: nn.Module, args: tuple[Any, ...], *, key: str = key) -> None:
             watch.reduce(key, args[0])
 
-        def see_output(_: nn.Module, __: Any, output: torch.Tensor, *, key: str = key) -> None:
-            watch.reduce(key, output)
+        def see_output(_: nn.Module, __: Any, output: Any, *, key: str = key) -> None:
+            watch.reduce(key, output[0] if isinstance(output, tuple) else output)
 
         if place == "input":
             handles.append(model.get_submodule(module).register_forward_pre_hook(see_input))
@@ -248,7 +300,8 @@ def _hook_layers(model: nn.Module, watch: _Watch, space: Space | None) -> list[A
     for name in [] if space is None else [block.name for block in space.layers()]:
 
         def see_before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, key: str = name) -> None:
-            watch.inputs[key] = args[0] if args else kwargs["hidden_states"]
+            if watch.counts:
+                watch.inputs[key] = args[0] if args else kwargs["hidden_states"]
 
         def see_after(_: nn.Module, __: Any, output: Any, *, key: str = name) -> None:
             watch.compare(key, output[0] if isinstance(output, tuple) else output)

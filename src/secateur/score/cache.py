@@ -5,16 +5,18 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from secateur import world
 from secateur.errors import SecateurError
 
 Entry = tuple[dict[str, torch.Tensor], dict[str, Any]]
 """Tensors by name, and JSON values by name."""
+T = TypeVar("T")
 
 
 class Cache:
@@ -40,20 +42,37 @@ class Cache:
             return compute()
         text = json.dumps(parts, sort_keys=True)
         path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        # Several processes compute together or not at all, whatever each of them finds.
+        look = world.from_first if world.split() else _just
+        found = look(lambda: self._known(path, text))
+        if found is not None:
+            return found
+        tensors, values = compute()
+        look(lambda: _write(path, text, tensors, values))
+        return tensors, values
+
+    def _known(self, path: Path, text: str) -> Entry | None:
+        """What is kept; where there is nothing, the folder is made."""
         if path.exists():
             return _read(path, text)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SecateurError(f"the cache folder {self.folder} cannot be made: {error}") from error
-        tensors, values = compute()
-        partial = path.with_suffix(f".partial-{os.getpid()}")
-        try:
-            save_file(tensors, partial, metadata={"key": text, "values": json.dumps(values)})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return tensors, values
+        return None
+
+
+def _just(make: Callable[[], T]) -> T:
+    return make()
+
+
+def _write(path: Path, text: str, tensors: dict[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    try:
+        save_file(tensors, partial, metadata={"key": text, "values": json.dumps(values)})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path, text: str) -> Entry:

@@ -14,9 +14,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from secateur import world
 from secateur.errors import SecateurError
 from secateur.load.batches import Batch, default_loss, samples_of
 from secateur.load.mode import evaluating
+from secateur.load.shared import shared
 from secateur.progress import Track, quiet
 from secateur.score.weights import Scores, add_up, over_others
 from secateur.space import Axis, Slice, Space
@@ -49,7 +51,7 @@ def taylor(
     Raises:
         SecateurError: without batches, or where the loss is not a finite scalar that depends on the weights.
     """
-    found = _mask_gradients(model, space, batches, axes, loss, track)
+    found = _mask_gradients(model, space, _samples(batches), axes, loss, track)
     return _mean({name: x.abs() for name, x in sample.items()} for sample in found)
 
 
@@ -69,7 +71,7 @@ def fisher(
     the mean over the batches, of the gradient of each as a whole: the score of ModelOpt's GradNAS over their number.
     Other arguments and errors as for `taylor`.
     """
-    found = _mask_gradients(model, space, batches, axes, loss, track, whole=whole)
+    found = _mask_gradients(model, space, _own(batches) if whole else _samples(batches), axes, loss, track)
     return _mean({name: x.square() for name, x in sample.items()} for sample in found)
 
 
@@ -89,10 +91,13 @@ def taylor_squared(
     """
     parts = _read_slices(space, axes)
     mean: dict[str, torch.Tensor] = {}
-    with _differentiable(model, parts) as weights:
-        for gradients in _gradients(model, batches, weights, loss, track):
+    own = _own(batches)
+    with world.as_one(), _differentiable(model, parts) as weights:
+        for gradients in _gradients(model, own, weights, loss, track):
             for name, gradient in gradients.items():
                 mean[name] = mean[name] + gradient if name in mean else gradient
+    if world.split():
+        mean = world.add_up_named(mean)
 
     def reduce(name: str, dim: int) -> torch.Tensor:
         if name not in mean:  # the loss does not depend on it
@@ -102,19 +107,35 @@ def taylor_squared(
     return add_up(parts, reduce)
 
 
+def _own(batches: Sequence[Batch]) -> list[Batch]:
+    """Whole batches of this process's share, because the gradient of each is looked at as a whole.
+
+    Raises:
+        SecateurError: in all processes, where there are more of them than batches.
+    """
+    if world.split() and 0 < len(batches) < world.size():
+        raise SecateurError(
+            f"the gradient of each batch is looked at as a whole, and there are {len(batches)} for {world.size()} "
+            "processes: give a smaller batch_size, or start fewer (--nproc_per_node)"
+        )
+    return world.share(batches) if world.split() else list(batches)
+
+
+def _samples(batches: Sequence[Batch]) -> list[Batch]:
+    """The samples of this process's share, one by one."""
+    return [sample for batch in shared(batches) for sample in samples_of(batch)] if batches else []
+
+
 def _mask_gradients(
     model: nn.Module,
     space: Space,
-    batches: Sequence[Batch],
+    samples: Sequence[Batch],
     axes: Sequence[Axis] | None,
     loss: Loss | None,
     track: Track,
-    *,
-    whole: bool = False,
 ) -> Iterator[Scores]:
     """dL/dm of every unit, for one sample after the other, or one batch after the other."""
     parts = _read_slices(space, axes)
-    samples = batches if whole else [sample for batch in batches for sample in samples_of(batch)]
     with _differentiable(model, parts) as weights:
         for gradients in _gradients(model, samples, weights, loss, track):
 
@@ -129,9 +150,12 @@ def _mask_gradients(
 def _mean(samples: Iterable[Scores]) -> Scores:
     total: Scores = {}
     count = 0
-    for found in samples:
-        total = {name: total[name] + value for name, value in found.items()} if count else found
-        count += 1
+    with world.as_one():
+        for found in samples:
+            total = {name: total[name] + value for name, value in found.items()} if count else found
+            count += 1
+    if world.split():
+        total, count = world.add_up_named(total), sum(world.gathered(count))
     return {name: value / count for name, value in total.items()}
 
 

@@ -4,14 +4,21 @@ Weights that read the same tensor (query, key and value; gate and up) share one 
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+from secateur import world
 from secateur.errors import SecateurError
-from secateur.space.products import Product, Products
+from secateur.load.batches import Batch
+from secateur.load.mode import evaluating
+from secateur.load.shared import shared
+from secateur.load.through import Through, whole_passes
+from secateur.space.products import Product, Products, plain_attention
 from secateur.space.weights import Part, Weight
 
 
@@ -82,10 +89,10 @@ def grams(
     full: bool,
     last: str | None = None,
 ) -> list[list[Read]]:
-    """Watch a forward pass of all calibration data.
+    """Watch a forward pass of all calibration data; where data is split, the sums are those over all processes.
 
     Args:
-        run: makes it.
+        run: makes it, of this process's share of the data.
         weights: which to watch.
         parameters: their tensors, by name.
         full: X'X, or only its diagonal.
@@ -97,18 +104,56 @@ def grams(
     Raises:
         SecateurError: for activations that are not finite, and for a weight that is used in ways that do not agree.
     """
+    return _summed(lambda _: run(), weights, parameters, full=full, last=last)
+
+
+def grams_through(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    weights: Sequence[Weight],
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    full: bool,
+    through: Through = whole_passes,
+) -> list[list[Read]]:
+    """The same of the whole model, whichever way all data goes through it; see `grams`.
+
+    Raises:
+        SecateurError: also with more processes than samples.
+    """
+    own = shared(batches)
+
+    def run(watch: _Watch) -> None:
+        watch.counts = False
+        with evaluating(model), torch.no_grad(), plain_attention():
+            through(model, own, watch)
+
+    return _summed(run, weights, parameters, full=full)
+
+
+def _summed(
+    run: Callable[["_Watch"], None],
+    weights: Sequence[Weight],
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    full: bool,
+    last: str | None = None,
+) -> list[list[Read]]:
     named = {w.name: w for w in weights}
     watched = {name: parameters[name] for name in named}
-    try:
-        watch = _Watch(named, full, share=True)
-        with Products(watched, watch.see, last):
-            run()
-        watch.settle()
-    except _Apart:  # some read the same at first and not always: each gets a sum of its own
-        watch = _Watch(named, full, share=False)
-        with Products(watched, watch.see, last):
-            run()
-    return watch.reads()
+    for share in (True, False):
+        watch = _Watch(named, full, share=share)
+        apart = False
+        with world.as_one():
+            try:
+                with Products(watched, watch.see, last):
+                    run(watch)
+                watch.settle()
+            except _Apart:  # some read the same at first and not always: each gets a sum of its own
+                apart = True
+        if watch.join(apart=apart) if world.split() else not apart:
+            return watch.reads()
+    raise SecateurError("what weights read is summed in other ways than before: remove what was kept of the last run")
 
 
 class _Apart(BaseException):
@@ -123,9 +168,18 @@ class _Watch:
         self.grams: dict[tuple[str, Part], Gram] = {}
         self.leaders: dict[int, tuple[str, Part]] = {}
         self.last: tuple[Product, tuple[str, Part], set[tuple[str, Part]]] | None = None
+        self.counts = True
+
+    def at(self, index: int | None) -> None:
+        """Say whether what runs is to be taken in."""
+        self.settle()
+        self.last = None  # another pass may use the same memory
+        self.counts = index is not None
 
     def see(self, product: Product) -> None:
         """Take in one product. What follows at once and reads the very same tensor shares the sum."""
+        if not self.counts:
+            return
         key = (product.weight, product.part)
         weight = self.weights[product.weight]
         if set(product.columns) != set(weight.columns):
@@ -165,6 +219,63 @@ class _Watch:
         if gram.sums > 1 and any(shared is gram and key not in done for key, shared in self.grams.items()):
             raise _Apart
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """All sums; who shares each of them, and over how many rows, is in its name."""
+        members: dict[int, list[tuple[str, Part]]] = {}
+        for key, gram in self.grams.items():
+            members.setdefault(id(gram), []).append(key)
+        found: dict[str, torch.Tensor] = {}
+        for keys in members.values():
+            gram = self.grams[keys[0]]
+            text = json.dumps([gram.rows, gram.sums, keys])
+            parts = {"squares": gram.squares, "matrix": gram.matrix, "total": gram.total}
+            found |= {f"{kind}:{text}": x.clone() for kind, x in parts.items() if x is not None}
+        return found
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put them back."""
+        self.grams, self.leaders, self.last = {}, {}, None
+        for name, squares in state.items():
+            kind, _, text = name.partition(":")
+            if kind != "squares":
+                continue
+            rows, sums, keys = json.loads(text)
+            matrix, total = state.get(f"matrix:{text}"), state.get(f"total:{text}")
+            gram = Gram(rows, squares.clone(), None if matrix is None else matrix.clone(), sums)
+            gram.total = None if total is None else total.clone()
+            found = [(weight, tuple((a, b) for a, b in part)) for weight, part in keys]
+            self.grams |= dict.fromkeys(found, gram)
+            self.leaders[id(gram)] = found[0]
+
+    def join(self, *, apart: bool) -> bool:
+        """Add up over all processes; False where they do not agree on what reads the same."""
+        lead = {id(gram): self.leaders[id(gram)] for gram in self.grams.values()}
+        own = {key: (lead[id(gram)], _facts(gram)) for key, gram in self.grams.items()}
+        every = world.gathered((apart, own))
+        if any(found[0] for found in every):
+            return False
+        known: dict[tuple[str, Part], tuple[tuple[str, Part], _Facts]] = {}
+        for _, found in every:
+            if any(known[key][0] != place[0] for key, place in found.items() if key in known):
+                return False
+            known |= {key: place for key, place in found.items() if key not in known}
+        if any(known[leader][0] != leader for leader, _ in known.values()):
+            return False
+        summed = {leader: self.grams.get(leader) or facts.zeros() for leader, facts in known.values()}
+        rows = torch.tensor([[gram.rows, gram.sums] for gram in summed.values()], dtype=torch.int64)
+        world.add_up([rows])
+        for gram, (count, sums) in zip(summed.values(), rows.tolist(), strict=True):
+            gram.rows, gram.sums = count, sums
+            if gram.matrix is None:
+                world.add_up([gram.squares])
+            else:
+                gram.total = gram.matrix.new_zeros(len(gram.matrix)) if gram.total is None else gram.total
+                world.add_up([gram.matrix, gram.total])
+                gram.squares = gram.matrix.diagonal()
+        self.grams = {key: summed[leader] for key, (leader, _) in known.items()}
+        self.leaders = {id(gram): leader for leader, gram in summed.items()}
+        return True
+
     def reads(self) -> list[list[Read]]:
         """All parts, grouped by what they read; those that nothing came by are one group each."""
         groups: dict[int, list[Read]] = {}
@@ -178,6 +289,25 @@ class _Watch:
             _check_apart(weight, seen)
             found += [[Read(weight, p, None)] for p in weight.parts() if not any(_overlap(p, s) for s in seen)]
         return found
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a sum of zeros is made by, where another process has met what this one has not."""
+
+    columns: int
+    kind: torch.dtype
+    place: str
+    full: bool
+
+    def zeros(self) -> Gram:
+        """Nothing added up."""
+        matrix = torch.zeros(self.columns, self.columns, dtype=self.kind, device=self.place) if self.full else None
+        return Gram(0, torch.zeros(self.columns, dtype=self.kind, device=self.place), matrix)
+
+
+def _facts(gram: Gram) -> _Facts:
+    return _Facts(len(gram.squares), gram.squares.dtype, gram.squares.device.type, gram.matrix is not None)
 
 
 @contextlib.contextmanager

@@ -10,15 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur import world
 from secateur.errors import SecateurError
-from secateur.load.batches import Batch, run
+from secateur.load.batches import Batch
 from secateur.load.mode import evaluating
+from secateur.load.shared import shared
+from secateur.load.through import Through, shown, whole_passes
 from secateur.progress import Track, quiet
 from secateur.space import Block
 
 
 def influence(
-    model: nn.Module, batches: Sequence[Batch], blocks: Sequence[Block], *, track: Track = quiet
+    model: nn.Module,
+    batches: Sequence[Batch],
+    blocks: Sequence[Block],
+    *,
+    track: Track = quiet,
+    through: Through = whole_passes,
 ) -> dict[str, float]:
     """1 - mean cosine of the residual stream before and after each block.
 
@@ -30,6 +38,7 @@ def influence(
         batches: calibration data. Positions that an ``attention_mask`` [B, S] leaves out do not count.
         blocks: layers, attention and MLP sub-layers of the Space.
         track: shows progress.
+        through: how the data goes through the model.
 
     Returns:
         Block name -> influence, 0 for one that does nothing; up to 2.
@@ -39,17 +48,18 @@ def influence(
     """
     if not batches:
         raise SecateurError("there is no calibration batch to see the influence of blocks on")
-    watch = _Watch()
+    own = shared(batches)
+    watch = _Watch(own)
     handles = [handle for block in blocks for handle in watch.hooks(model, block)]
     try:
-        with evaluating(model), torch.no_grad():
-            for batch in track(batches, "block influence"):
-                watch.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                run(model, batch)
-                watch.close()
+        with world.as_one(), evaluating(model), torch.no_grad():
+            shown(through, track, "block influence")(model, own, watch)
+            watch.close()
     finally:
         for handle in handles:
             handle.remove()
+    if world.split():
+        watch.restore(world.add_up_named(watch.state()))
     found = {}
     for block in blocks:
         cosine, count = watch.sums.get(block.name, (0.0, 0))
@@ -62,11 +72,29 @@ def influence(
 class _Watch:
     """Notes the stream before each block and what it adds."""
 
-    def __init__(self) -> None:
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+        self.seeing = True
         self.mask: torch.Tensor | None = None
         self.before: dict[str, torch.Tensor] = {}
         self.added: dict[str, torch.Tensor] = {}
         self.sums: dict[str, tuple[float, int]] = {}
+
+    def at(self, index: int | None) -> None:
+        """See `load.through.Watcher`."""
+        self.close()
+        self.seeing = index is not None
+        batch = None if index is None else self.batches[index]
+        self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See `load.through.Watcher`."""
+        self.close()
+        return {name: torch.tensor(both, dtype=torch.float64) for name, both in self.sums.items()}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """See `load.through.Watcher`."""
+        self.sums = {name: (float(both[0]), int(both[1])) for name, both in state.items()}
 
     def hooks(self, model: nn.Module, block: Block) -> list[Any]:
         """Hooks for one block; the result of a norm of its own that runs after it replaces the block's."""
@@ -85,14 +113,14 @@ class _Watch:
 
     def _enter(self, name: str) -> Any:
         def see(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if name not in self.added:  # a norm behind the sub-layer sees no stream
+            if self.seeing and name not in self.added:  # a norm behind the sub-layer sees no stream
                 self.before[name] = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)).detach()
 
         return see
 
     def _leave(self, name: str, *, whole: bool = False, behind: bool = False) -> Any:
         def see(_: nn.Module, __: Any, output: Any) -> None:
-            if behind and name not in self.added:
+            if not self.seeing or (behind and name not in self.added):
                 return
             result = (output[0] if isinstance(output, tuple | list) else output).detach()
             self.added[name] = result - self.before[name] if whole else result

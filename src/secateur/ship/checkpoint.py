@@ -19,9 +19,11 @@ from secateur.cut.record import was_cut
 from secateur.errors import SecateurError
 from secateur.load.built import STRUCTURE, load_built
 from secateur.load.model import TOKENIZER_FILES, Source, check_folder, load_model, quiet_transformers
+from secateur.load.store import store_of
 from secateur.ship.built import save_built
 from secateur.ship.card import model_card
 from secateur.ship.modeling import save_cut, stock_difference, unsaved
+from secateur.ship.streamed import save_streamed
 from secateur.space import Space
 
 _ONE_FILE = 50_000_000_000  # bytes up to which the result of a single file stays one: transformers' own default
@@ -135,6 +137,8 @@ def _check_model(model: nn.Module, constructor: str | None, arguments: Mapping[s
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise SecateurError(f"{kind} is on the meta device: {name} has no values to save")
+    if constructor is not None and store_of(model) is not None:
+        raise SecateurError(f"{kind} is streamed from its files, so it is saved without a constructor")
     if constructor is not None:
         return
     if arguments is not None:
@@ -183,8 +187,15 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _save_model(model: Any, folder: Path, source: Source | None, *, stock: bool) -> None:
-    """Config, generation config and weights; one file stays one, shards stay about as large as they were."""
+    """Config, generation config and weights; one file stays one, shards stay about as large as they were.
+
+    Of a streamed model each unit has a file.
+    """
     limit: int = _ONE_FILE
+    store = store_of(model)
+    if store is not None:
+        save_streamed(model, store, folder) if stock else save_cut(model, folder, max_shard_size=limit)
+        return
     if source is not None and source.shard_bytes is not None and len(source.files) > 1:
         limit = source.shard_bytes
     if not stock:

@@ -12,7 +12,9 @@ from torch import nn
 from secateur.cut.record import config_changes, config_parts, describe, origin
 from secateur.errors import SecateurError
 from secateur.load.model import quiet_transformers
+from secateur.load.store import held, store_of
 from secateur.load.structure import FORMAT, MODELING, class_path, cut_classes, stock_class
+from secateur.ship.streamed import save_streamed
 
 _NOT_OF_THE_MODEL = ("auto_map", "model_type", "secateur", "transformers_version", "transformers_weights")
 
@@ -25,12 +27,19 @@ def save_cut(model: nn.Module, folder: Path, *, max_shard_size: int) -> None:
     Args:
         model: of a class of transformers.
         folder: an existing one.
-        max_shard_size: of a weight file, in bytes.
+        max_shard_size: of a weight file, in bytes; of a streamed model each unit has a file.
 
     Raises:
         SecateurError: The cut cannot be recorded, or the record does not give the model back.
     """
     new, tensors = _as_loaded(model)
+    store = store_of(model)
+    if store is not None:
+        soft = _computed_buffers(model)
+        left_out = [name for name in soft if name not in tensors]
+        stored = [name for name in new.config.secateur["stored"] if name in tensors]
+        save_streamed(model, store, folder, shell=new, left_out=left_out, stored=stored)
+        return
     with quiet_transformers():
         new.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard_size, save_original_format=False)
 
@@ -159,8 +168,15 @@ def _computed_buffers(model: nn.Module) -> set[str]:
 
 
 def _tensors(model: nn.Module, soft: set[str], stored: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, with those computed buffers that must be stored."""
+    """The tensors of a checkpoint, with those computed buffers that must be stored.
+
+    In place of the parameters of a streamed model, which rest on disk, there is NaN that takes no memory.
+    """
     tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor) and n not in soft}
+    if store_of(model) is not None:
+        own = dict(model.named_parameters(remove_duplicate=False))
+        nothing = {id(p): torch.full((), torch.nan, dtype=p.dtype).expand(p.shape) for p in own.values()}
+        tensors |= {name: nothing[id(own[name])] for name in tensors if name in own}
     return {**tensors, **{name: model.get_buffer(name).detach() for name in stored}}
 
 
@@ -168,12 +184,13 @@ def _other_values(model: nn.Module, new: nn.Module, soft: set[str]) -> list[str]
     """Computed tensors that are not computed as they are in the model, but for rounding to the model's dtype."""
     ours, theirs = _all_tensors(model), _all_tensors(new)
     other = []
-    for name in sorted(soft):
-        a, b = ours.get(name), theirs.get(name)
-        if a is None and b is None:
-            continue
-        if a is None or b is None or a.shape != b.shape or not torch.equal(b.to(a.device, a.dtype), a):
-            other.append(name)
+    with held(model, names=[name for name, _ in model.named_parameters() if name in soft]):
+        for name in sorted(soft):
+            a, b = ours.get(name), theirs.get(name)
+            if a is None and b is None:
+                continue
+            if a is None or b is None or a.shape != b.shape or not torch.equal(b.to(a.device, a.dtype), a):
+                other.append(name)
     return other
 
 

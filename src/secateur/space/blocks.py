@@ -166,6 +166,6 @@ def _residual_add(graph: _Graph, node: fx.Node) -> tuple[fx.Node, fx.Node] | Non
             node = graph.results(norm)[0]
         elif len(users) == 1 and op_name(users[0]) in _PASSING:
             node = users[0]
-        elif len(users) == 1 and op_name(users[0]) == "aten.add":
+        elif len(users) == 1 and op_name(users[0]) in ("aten.add", "aten.add_"):
             return node, users[0]
     return None

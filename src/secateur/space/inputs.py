@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
+from secateur.load.megatron import Opened
 from secateur.load.mode import evaluating
 
 _PRIMES = (13, 11, 17, 7, 19, 23, 29, 31, 37, 41, 43)
@@ -31,6 +32,9 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
         SecateurError: for a model without a config, or whose forward takes arguments that cannot be guessed.
     """
     config = getattr(model, "config", None)
+    if isinstance(model, Opened):
+        maker = _Maker(model, config)
+        return {"input_ids": maker.ids(maker.free[0])}
     if not hasattr(config, "to_dict") or not any(True for _ in model.parameters()):
         raise SecateurError("only Hugging Face models have default inputs: pass `inputs`, a dict of arguments")
     maker = _Maker(model, config)

@@ -130,7 +130,9 @@ class Kinds:
         if not free or not places:
             return None
         outers = {id(place.loops[-1][0]) if place.loops else None for place in places}
-        adjacent = all(place.loops and place.loops[-1][1] == var.size * place.inner for place in places)
+        # A group's keys and values may stand beside its queries in one tensor.
+        steps = [place.loops[-1][1] - var.size * place.inner if place.loops else -1 for place in places]
+        adjacent = all(step >= 0 if var.tile else step == 0 for step in steps)
         return places[0].loops[-1][0] if len(outers) == 1 and adjacent else None
 
     def of(self, var: Var) -> str:

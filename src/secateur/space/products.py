@@ -8,11 +8,13 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from secateur.load.store import moved
 
 _ATEN = torch.ops.aten
 _MATMUL = {
@@ -24,7 +26,7 @@ _MATMUL = {
 """Operator -> places of its two operands."""
 _COPIES = (_ATEN._to_copy.default, _ATEN.clone.default)
 _CONVOLUTIONS = (_ATEN.convolution.default, _ATEN.mkldnn_convolution.default)
-_GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+_GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback", "secateur::grouped_product")
 Span = tuple[int, int]
 Dims = tuple[int, ...]
 
@@ -73,10 +75,34 @@ class Products(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.last = last
         self.weights: dict[int, list[tuple[str, torch.Tensor]]] = {}
-        for name, weight in weights.items():  # several may lie in one storage
-            self.weights.setdefault(_storage(weight), []).append((name, weight))
+        self._at: dict[str, int] = {}
+        self._names = {id(weight): name for name, weight in weights.items()}
+        for name, weight in weights.items():
+            self._put(name, weight)
         self.copies: dict[int, tuple[str, weakref.ref[torch.Tensor]]] = {}
         self.see = see
+
+    def __enter__(self) -> Self:
+        """Watch; streamed models tell where their weights are."""
+        moved.append(self._see_moved)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Watch no more."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        moved.remove(self._see_moved)
+
+    def _see_moved(self, weight: torch.Tensor) -> None:
+        name = self._names.get(id(weight))
+        if name is not None:
+            place = self._at[name]
+            self.weights[place] = [own for own in self.weights[place] if own[0] != name]
+            self._put(name, weight)
+
+    def _put(self, name: str, weight: torch.Tensor) -> None:
+        self._at[name] = _storage(weight)
+        self.weights.setdefault(self._at[name], []).append((name, weight))  # several may lie in one storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the operands, then run the operator."""

@@ -16,7 +16,9 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from secateur.errors import SecateurError
+from secateur.load.megatron_trace import traceable, unheld
 from secateur.load.mode import evaluating
+from secateur.load.store import strided
 from secateur.space.inputs import example_inputs
 from secateur.space.products import plain_attention
 from secateur.space.provenance import Recorder, holders, tagging
@@ -99,14 +101,16 @@ def export(
     Raises:
         SecateurError: when torch.export cannot follow the forward pass.
     """
-    args, kwargs = arguments(model, inputs)
+    model, (args, kwargs) = unheld(model, arguments(model, inputs))
     silenced = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch prints graphs and tracebacks of errors that we report in a line
     try:
         with (
             evaluating(model),
             _untouched(model),
+            strided(model),
             plain_attention(),
+            traceable(model),
             without_stacks(),
             warnings.catch_warnings(),
             redirect_stderr(io.StringIO()),

@@ -16,18 +16,24 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from secateur import world
 from secateur.errors import SecateurError
 from secateur.load.feed import Feed, Item
 from secateur.progress import Track, quiet
+from secateur.train import shared_state
 from secateur.train.callbacks import add_penalty
 from secateur.train.features import block_names
 from secateur.train.metrics import Metrics
 from secateur.train.objective import Objective
 from secateur.train.optimize import optimizers_of, rate_at
 from secateur.train.settings import Training
+from secateur.train.sharded import clipped, computing, drop_unused, finite
+from secateur.train.shares import shared, summed_up
 from secateur.train.sparsity import Sparsity
 from secateur.train.state import Keeper, put_back, random_state, seeded, set_random_state, trained
 
+_APART = 1_000_003
+"""Between the seeds of processes: each has dropout of its own."""
 Measure = Callable[[nn.Module], Mapping[str, float]]
 
 
@@ -97,9 +103,10 @@ def fit(model: nn.Module, objective: Objective, feed: Feed, work: Work) -> Fitte
     """Train a model in place.
 
     Args:
-        model: in training mode meanwhile, and in evaluation mode afterwards.
+        model: in training mode meanwhile, and in evaluation mode afterwards. Of several processes, one that
+            `sharded.shard` has spread over them; all of them call this.
         objective: batch -> losses.
-        feed: batches.
+        feed: batches; of several processes, each takes its rows of them.
         work: all else.
 
     Returns:
@@ -110,14 +117,14 @@ def fit(model: nn.Module, objective: Objective, feed: Feed, work: Work) -> Fitte
         SecateurError: for a state of another run in the folder, and one that cannot be saved.
     """
     begin = time.perf_counter()
-    with seeded(work.settings.seed), ExitStack() as stack:
+    with seeded(work.settings.seed + _APART * world.rank()), ExitStack() as stack:
         if work.settings.recompute:
             stack.enter_context(recomputing(model))
         run = _Run(model, objective, work)
         stack.callback(run.metrics.close)
         model.zero_grad(set_to_none=True)
         model.train()
-        stopped = run.go(feed)
+        stopped = run.go(shared(feed))
         run.finish()
     model.eval()
     return Fitted(
@@ -152,8 +159,9 @@ class _Run:
         state = self.keeper.found()
         if state is not None:
             self._restore(state)
-        self.metrics = Metrics(work.folder, work.settings.wandb, self.step)
-        self._random = None if state is None else state["random"]
+        folder, project = (work.folder, work.settings.wandb) if world.first() else (None, None)
+        self.metrics = Metrics(folder, project, self.step)
+        self._random = None if state is None else shared_state.random_of(state)
 
     # --- steps ---
 
@@ -169,6 +177,8 @@ class _Run:
         batches = feed.batches(self.step * settings.accumulate)
         if self._random is not None:
             set_random_state(self._random)
+        elif self.resumed:
+            torch.manual_seed(settings.seed + self.step + _APART * (1 + world.rank()))
         every = self.work.eval_every or max(1, steps // 10)
         save = settings.save_every or max(1, steps // 10)
         for _ in self.work.track(range(self.step, steps), self.work.what):
@@ -198,10 +208,15 @@ class _Run:
             (losses["loss"] / settings.accumulate).backward()  # type: ignore[no-untyped-call]
             for name, value in losses.items():
                 parts[name] = parts.get(name, 0.0) + float(value.detach()) / settings.accumulate
+        every = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        if world.size() > 1:
+            parts = dict(zip(parts, summed_up(list(parts.values()), every[0].device), strict=True))
+            if self.extra is not None:  # not spread, so nobody has added its gradients up
+                world.add_up(p.grad for p in self.extra.parameters() if p.grad is not None)
+            drop_unused(self.model)
         if not math.isfinite(parts["loss"]):
             return 0.0, f"the loss is {parts['loss']}"
-        every = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
-        norm = float(nn.utils.clip_grad_norm_(every, settings.clip or math.inf))
+        norm = clipped(every, settings.clip or math.inf)
         if not math.isfinite(norm):
             return norm, f"the gradient is {norm}"
         rate = rate_at(self.step, self.work.steps, settings)
@@ -239,14 +254,16 @@ class _Run:
         if self.sums:
             told["train"] = {name: total / steps for name, total in self.sums.items()} | dict(entry)
         self.sums = {}
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
+        if not finite(self.model):
             return "there are weights that are not finite"
         measure = self.work.measure
         if measure is None:
             self.history.append(told)
             self.best_step = self.step
         else:
-            found = dict(measure(self.model))
+            with computing(self.model):
+                here = dict(measure(self.model))
+            found = world.from_first(lambda: here)  # what comes of it must be the same in all processes
             value = found[self.work.key()]
             if not math.isfinite(value):
                 return f"{self.work.key()} on held-out data is {value}"
@@ -260,10 +277,10 @@ class _Run:
             if better or self.work.settings.keep == "last":
                 self.best_step = self.step
                 if self.work.settings.keep == "best":
-                    self.keeper.save_best(trained(self.model, self.extra))
+                    self._keep()
             self.best = (value if settled else None) if better else self.best
         if self.work.settings.keep == "last" or measure is None:
-            self.keeper.save_best(trained(self.model, self.extra))
+            self._keep()
         self.keeper.tell(self.history)
         return ""
 
@@ -288,38 +305,54 @@ class _Run:
 
     # --- state ---
 
+    def _keep(self) -> None:
+        """Keep the weights as the best."""
+        if world.size() > 1 and self.work.folder is not None:
+            shared_state.save_best(self.work.folder, self.step, self.model, self.extra)
+        else:
+            self.keeper.save_best(trained(self.model, self.extra))
+
     def _save(self) -> None:
         if self.work.folder is None:
             return
         sparsity = self.work.sparsity
-        self.keeper.save(
-            {
-                "step": self.step,
-                "best": self.best,
-                "best_step": self.best_step,
-                "worse": self.worse,
-                "history": self.history,
-                "sums": self.sums,
-                "tensors": trained(self.model, self.extra),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "sparsity": None if sparsity is None else sparsity.state_dict(),
-                "random": random_state(),
-            }
-        )
+        state: dict[str, Any] = {
+            "step": self.step,
+            "best": self.best,
+            "best_step": self.best_step,
+            "worse": self.worse,
+            "history": self.history,
+            "sums": self.sums,
+            "sparsity": None if sparsity is None else sparsity.state_dict(),
+        }
+        if world.size() > 1:
+            state = self.keeper.named(state | {"random": world.gathered(random_state())})
+            shared_state.save_state(self.work.folder, state, self.model, self.extra, self.optimizers)
+            return
+        state |= {"tensors": trained(self.model, self.extra), "random": random_state()}
+        self.keeper.save(state | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.step = self.resumed = state["step"]
         self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
         self.history, self.sums = list(state["history"]), dict(state["sums"])
-        put_back(state["tensors"], self.model, self.extra)
-        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(own)
+        if world.size() > 1 or "shards" in state:
+            shared_state.restore(state, self.model, self.extra, self.optimizers)
+        else:
+            put_back(state["tensors"], self.model, self.extra)
+            for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(own)
         if self.work.sparsity is not None:
             self.work.sparsity.load_state_dict(state["sparsity"])
 
     def finish(self) -> None:
         """Leave the model with the weights that are kept."""
-        if self.diverged or self.best_step != self.step:
+        folder = self.work.folder
+        if not self.diverged and self.best_step == self.step:
+            pass
+        elif folder is not None and (world.size() > 1 or shared_state.best_of(folder, self.best_step)):
+            shared_state.load_best(folder, self.best_step, self.model, self.extra)
+        else:
             put_back(self.keeper.load_best(), self.model, self.extra)
         self.model.zero_grad(set_to_none=True)
 

@@ -10,6 +10,9 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from secateur import world
+from secateur.train.shares import total
+
 _CHUNK_ELEMENTS = 2**24  # logits that are in float32 at a time: 64 MiB for each temporary
 
 
@@ -103,19 +106,34 @@ def in_chunks(
     return tuple(totals)
 
 
-def relative_distance(own: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def relative_distance(own: torch.Tensor, wanted: torch.Tensor, *, over_all: bool = False) -> torch.Tensor:
     """Squared distance of rows [P, D] over the spread of the wanted ones around their mean: 1 for the mean itself.
 
     Where there is no spread, as of one row alone, over their size.
+
+    Args:
+        own: rows.
+        wanted: rows.
+        over_all: of several processes, each gives its part of the distance of all their rows together.
     """
     own, wanted = own.float(), wanted.float()
-    spread, size = (wanted - wanted.mean(0)).square().sum(), wanted.square().sum()
+    shared = over_all and world.size() > 1
+    mean = wanted.mean(0)
+    if shared:
+        sums = torch.cat([wanted.double().sum(0), wanted.new_full((1,), len(wanted), dtype=torch.float64)])
+        world.add_up([sums])
+        mean = (sums[:-1] / sums[-1]).float()
+    spread, size = (wanted - mean).square().sum(), wanted.square().sum()
+    if shared:
+        world.add_up([spread, size])
     spread = torch.where(spread > 1e-6 * size, spread, size).clamp(min=1e-12)
     return (own - wanted).square().sum() / spread
 
 
 def attention_kl(own: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """KL between the attention of a teacher and a student, each averaged over its heads; mean over queries.
+
+    Of several processes, each gives its part of the mean over the queries of all.
 
     Args:
         own: the student's probabilities, [B, heads, Q, K].
@@ -124,4 +142,7 @@ def attention_kl(own: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | N
     """
     student, teacher = own.float().mean(1), wanted.float().mean(1)
     each = (torch.xlogy(teacher, teacher) - teacher * student.clamp(min=1e-9).log()).sum(-1)
-    return each.mean() if real is None else each[real].mean()
+    counted = each if real is None else each[real]
+    if world.size() == 1:
+        return counted.mean()
+    return counted.sum() / total(counted.numel(), counted.device)

@@ -8,14 +8,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from secateur import world
 from secateur.errors import SecateurError
-from secateur.load.batches import Batch, size_of
+from secateur.load.batches import Batch, default_loss, size_of
 from secateur.load.mode import evaluating
 from secateur.load.predictions import IGNORED, Predictions, is_language, predictions
 from secateur.progress import Track, quiet
 from secateur.train.features import Hidden, watching
 from secateur.train.losses import Signal, attention_kl, forward_kl, in_chunks, relative_distance
 from secateur.train.settings import Distillation
+from secateur.train.shares import rounds, summed_up, total
 from secateur.train.teacher import Said, Teacher, forward
 
 EVALUATED_TOP_K = 64
@@ -24,7 +26,10 @@ Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 
 class Objective(Protocol):
-    """The loss of a batch; an nn.Module where it learns something of its own."""
+    """The loss of a batch; an nn.Module where it learns something of its own.
+
+    Of several processes, each has a part of the batch and gives its part of the loss of the whole one.
+    """
 
     def __call__(self, model: nn.Module, batch: Batch, numbers: tuple[int, ...] | None) -> Losses:
         """``loss``, and the parts that it is made of."""
@@ -36,7 +41,10 @@ class Objective(Protocol):
 
 
 class Plain:
-    """A loss of the user's own, or the data's."""
+    """A loss of the user's own, or the data's.
+
+    Of several processes it is taken for a mean: over the targets where it is the data's, else over the rows.
+    """
 
     def __init__(self, loss: Loss) -> None:
         self._loss = loss
@@ -48,10 +56,27 @@ class Plain:
         if not isinstance(found, torch.Tensor) or found.numel() != 1 or not found.requires_grad:
             said = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
             raise SecateurError(f"the loss must be one number that depends on the model, not {said}")
-        return {"loss": found.reshape(())}
+        found = found.reshape(())
+        if world.size() > 1:
+            count = _targets(model, batch) if self._loss is default_loss else size_of(batch)
+            found = found * (count / max(1, total(count, found.device)))
+        return {"loss": found}
 
     def state(self) -> None:
         """Nothing."""
+
+
+def _targets(model: nn.Module, batch: Batch) -> int:
+    """What the default loss of a batch is a mean over."""
+    if isinstance(batch, Mapping):
+        labels = batch.get("labels", batch.get("attention_mask"))
+        missing = IGNORED if "labels" in batch else 0
+    else:
+        labels, missing = batch[1] if isinstance(batch, tuple | list) else None, IGNORED
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return size_of(batch)
+    shifts = labels.dim() == 2 and any("CausalLM" in k.__name__ or "LMHead" in k.__name__ for k in type(model).__mro__)
+    return int((labels[:, 1:] if shifts else labels).ne(missing).sum())
 
 
 class Distilling:
@@ -121,7 +146,9 @@ class Distilling:
             if settings.ce:
                 raise SecateurError("ce needs logits and targets, and the outputs of these models are no logits")
             if settings.kl and said.output is not None:
-                losses["distance"] = relative_distance(found.some(slice(None)), said.output.to(found.rows.device))
+                losses["distance"] = relative_distance(
+                    found.some(slice(None)), said.output.to(found.rows.device), over_all=True
+                )
             return losses
         if settings.ce and found.targets is None:
             raise SecateurError("ce needs targets: give batches with labels, or (inputs, targets)")
@@ -131,9 +158,11 @@ class Distilling:
             return losses
         kl, ce = summed(found, signal if settings.kl else None, settings.temperature, grad=True, ce=settings.ce > 0)
         if settings.kl:
-            losses["kl"] = kl / max(1, found.count)
+            losses["kl"] = kl / max(1, total(found.count, kl.device))
         if settings.ce and found.targets is not None:
-            losses["ce"] = ce / (found.targets != IGNORED).sum().clamp(min=1)
+            targets = (found.targets != IGNORED).sum()
+            world.add_up([targets])
+            losses["ce"] = ce / targets.clamp(min=1)
         return losses
 
 
@@ -194,7 +223,7 @@ class Quality:
     """How good a model is on held-out batches, again and again: against the data, and against a teacher's signals.
 
     The teacher is asked once; of many classes its `EVALUATED_TOP_K` largest are kept, the rest counting as one, so that
-    ``kl`` is a little below the full one.
+    ``kl`` is a little below the full one. Of several processes, each looks at its part of the batches.
 
     Attributes:
         key: what the best model is chosen by.
@@ -223,13 +252,14 @@ class Quality:
         """
         if not batches:
             raise SecateurError("there is nothing to evaluate on: eval_data has no batch")
-        self._batches = batches
+        self._mine = [(index, batches[index], counts) for index, counts in rounds(len(batches))]
+        self._count = len(batches)
         self.rows = sum(map(size_of, batches))
         self._said: list[Said] = []
         self.key, self.higher_is_better, self._by_teacher = "", False, by_teacher
         if teacher is None:
             return
-        for index, batch in enumerate(track(batches, "what the teacher says of held-out data")):
+        for index, batch, _ in track(self._mine, "what the teacher says of held-out data"):
             said = teacher.says(batch, (index,), (), attention=False)
             self._said.append(said if said.signal is None else Said(said.signal.small()))
 
@@ -244,11 +274,13 @@ class Quality:
         predicted = targets = hits = 0
         language = True
         with evaluating(model), torch.no_grad():
-            for index, batch in enumerate(track(self._batches, "held-out quality")):
+            for place, (_, batch, counts) in enumerate(track(self._mine, "held-out quality")):
                 output, logits, _ = forward(model, batch)
-                found = predictions(model, batch, output)
-                said = self._said[index] if self._said else Said(None)
                 language = language and is_language(model, batch, output)
+                if not counts:
+                    continue
+                found = predictions(model, batch, output)
+                said = self._said[place] if self._said else Said(None)
                 predicted += found.count
                 if said.output is not None:
                     distance += float(relative_distance(found.some(slice(None)), said.output.to(found.rows.device)))
@@ -262,10 +294,11 @@ class Quality:
                     if not language:
                         first = found.some(slice(None)).argmax(-1)
                         hits += int((first == found.targets)[real].sum())
-        return self._told(kl, ce, distance, predicted, targets, hits, language=language)
+        every = summed_up([kl, ce, distance, predicted, targets, hits], output.device)
+        return self._told(*every, language=language)
 
     def _told(
-        self, kl: float, ce: float, distance: float, predicted: int, targets: int, hits: int, *, language: bool
+        self, kl: float, ce: float, distance: float, predicted: float, targets: float, hits: float, *, language: bool
     ) -> dict[str, float]:
         told: dict[str, float] = {}
         if targets and language:
@@ -275,7 +308,7 @@ class Quality:
         if self._said and self._said[0].signal is not None:
             told["kl"] = kl / max(1, predicted)
         elif self._said:
-            told["distance"] = distance / len(self._batches)
+            told["distance"] = distance / self._count
         if not told:
             raise SecateurError("there is nothing to evaluate by: eval_data has no targets, and there is no teacher")
         self.key = next((name for name in ("kl", "distance") if self._by_teacher and name in told), next(iter(told)))

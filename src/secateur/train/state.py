@@ -14,18 +14,24 @@ import numpy as np
 import torch
 from torch import nn
 
+from secateur import world
 from secateur.errors import SecateurError
+from secateur.train import shared_state
+from secateur.train.sharded import local
 
 FORMAT = 1
 Tensors = dict[str, torch.Tensor]
 
 
 def trained(model: nn.Module, extra: nn.Module | None = None) -> Tensors:
-    """Copies, on the CPU, of what training changes: parameters that take gradients, and buffers."""
+    """Copies, on the CPU, of what training changes: parameters that take gradients, and buffers.
+
+    Of a model that is spread over processes, what this one holds.
+    """
     found = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     found |= {f"buffer.{name}": b for name, b in model.named_buffers()}  # type: ignore[misc]  # tensors all
     found |= {f"extra.{name}": p for name, p in extra.named_parameters()} if extra is not None else {}
-    return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
+    return {name: local(tensor.detach()).cpu().clone() for name, tensor in found.items()}
 
 
 @torch.no_grad()
@@ -35,7 +41,7 @@ def put_back(tensors: Mapping[str, torch.Tensor], model: nn.Module, extra: nn.Mo
     places |= {f"buffer.{name}": b for name, b in model.named_buffers()}
     places |= {f"extra.{name}": p for name, p in extra.named_parameters()} if extra is not None else {}
     for name, tensor in tensors.items():
-        places[name].copy_(tensor)
+        local(places[name]).copy_(tensor)
 
 
 def random_state() -> dict[str, Any]:
@@ -97,9 +103,15 @@ class Keeper:
         Raises:
             SecateurError: The state is of another run; the first difference is named.
         """
-        if self.folder is None or not (self.folder / "state.pt").exists():
+        if self.folder is None:
             return None
-        state: dict[str, Any] = self._read("state.pt", plain=False)
+        one, many = self.folder / "state.pt", shared_state.latest(self.folder)
+        state: dict[str, Any] = self._read("state.pt", plain=False) if one.exists() else {}
+        if many is not None and shared_state.step_of(many) > state.get("step", -1):
+            state = shared_state.load_run(many)
+        world.check_same(state.get("step"), f"the step of the state in {self.folder}")
+        if not state:
+            return None
         if state.get("format") != FORMAT:
             raise SecateurError(
                 f"{self.folder}: this state is of format {state.get('format')}, not {FORMAT}: remove it"
@@ -116,7 +128,12 @@ class Keeper:
     def save(self, state: Mapping[str, Any]) -> None:
         """Keep the state of the run; the one before stays until this one is whole."""
         if self.folder is not None:
-            self._write("state.pt", {"format": FORMAT, "identity": self._identity, **state})
+            self._write("state.pt", self.named(state))
+            shared_state.forget(self.folder, best=state["best_step"])
+
+    def named(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A state that says what run it is of."""
+        return {"format": FORMAT, "identity": self._identity, **state}
 
     def save_best(self, tensors: Tensors) -> None:
         """Keep the best weights."""
@@ -133,7 +150,7 @@ class Keeper:
 
     def tell(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write what was measured until now, a JSON object in each line of metrics.jsonl."""
-        if self.folder is not None:
+        if self.folder is not None and world.first():
             text = "".join(f"{json.dumps(entry)}\n" for entry in history)
             self._replace("metrics.jsonl", lambda file: file.write(text.encode()))
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from secateur import world
 from secateur.errors import SecateurError
 from secateur.load.batches import Batch, run, size_of
 from secateur.load.feed import Given, Rows
@@ -22,6 +23,7 @@ from secateur.progress import Track, quiet
 from secateur.score.fisher import are_logits, outputs_and_kind
 from secateur.train.features import watching
 from secateur.train.losses import Signal, signal_of
+from secateur.train.shares import rounds
 
 FORMAT = 1
 CACHED_TOP_K = 64
@@ -197,6 +199,8 @@ def cache(
 ) -> Cached:
     """Ask a teacher about rows once and keep what it says; what was interrupted goes on where it was.
 
+    Several processes share the rows, and the first one writes.
+
     Args:
         model: the teacher.
         feed: that the rows are of.
@@ -212,25 +216,42 @@ def cache(
     """
     partial = folder.with_name(f"{folder.name}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        writer = _Writer(partial, wanted)
-        groups = [numbers[i : i + batch_size] for i in range(writer.done, len(numbers), batch_size)]
+        writer = None
+        if world.first():
+            partial.mkdir(parents=True, exist_ok=True)
+            writer = _Writer(partial, wanted)
+        done = world.from_first(lambda: 0 if writer is None else writer.done)
+        groups = [numbers[i : i + batch_size] for i in range(done, len(numbers), batch_size)]
+        mine = rounds(len(groups))
         live = Live(model, wanted["temperature"], wanted["top_k"], {})
-        with writer:
-            for index, group in enumerate(track(groups, "the teacher's logits")):
-                batches = [feed.rows(group)] if isinstance(feed, Rows) else [feed.given[n] for n in group]
-                for batch in batches:
-                    said = live.says(batch, None, (), attention=False)
-                    if said.signal is None:
-                        raise SecateurError("only logits are cached, and the teacher's outputs are none")
-                    writer.add(said.signal, said.counts if isinstance(feed, Rows) else [sum(said.counts)])
-                if index % _SAVED_EVERY == _SAVED_EVERY - 1:
+        with nullcontext() if writer is None else writer:
+            for index, group in enumerate(track([groups[number] for number, _ in mine], "the teacher's logits")):
+                asked = _asked(live, feed, group)
+                for found in world.gathered(asked if mine[index][1] else []):
+                    for signal, of_rows in found:
+                        if writer is not None:
+                            writer.add(signal, of_rows)
+                if index % _SAVED_EVERY == _SAVED_EVERY - 1 and writer is not None:
                     writer.save()
-        writer.finish(numbers)
-        partial.rename(folder)
+        if writer is not None:
+            writer.finish(numbers)
+            partial.rename(folder)
     except OSError as error:
         raise SecateurError(f"{folder}: the teacher's logits cannot be kept there ({error})") from error
+    world.gathered(None)  # it is there once the first process is here
     return Cached(folder)
+
+
+def _asked(live: Live, feed: Rows | Given, group: Sequence[int]) -> list[tuple[Signal, Sequence[int]]]:
+    """What a teacher says of some rows, or batches; with how many predictions each has."""
+    found: list[tuple[Signal, Sequence[int]]] = []
+    for batch in [feed.rows(group)] if isinstance(feed, Rows) else [feed.given[n] for n in group]:
+        said = live.says(batch, None, (), attention=False)
+        if said.signal is None:
+            raise SecateurError("only logits are cached, and the teacher's outputs are none")
+        signal = said.signal if world.size() == 1 else said.signal.at(torch.device("cpu"))
+        found.append((signal, said.counts if isinstance(feed, Rows) else [sum(said.counts)]))
+    return found
 
 
 class _Writer:

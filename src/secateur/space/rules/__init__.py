@@ -91,3 +91,4 @@ RULES: dict[str, Rule] = {
     for name in names.split()
 }
 RULES["transformers.grouped_mm_fallback"] = contract.experts
+RULES["secateur.grouped_product"] = contract.experts
