@@ -2,6 +2,7 @@
 
     python benchmarks/cost_model.py check     # predicted / measured, on the points of results/streaming.json
     python benchmarks/cost_model.py table     # the table of docs/scale.md
+    python benchmarks/cost_model.py page      # put both into docs/scale.md
 
 Every term is a count (passes, products, looks at all weights) times a size, over a rate. Rates of this machine are
 fitted to `results/streaming.json`; those of other machines are their public peaks times a stated efficiency. Pure: no
@@ -10,12 +11,14 @@ torch, nothing is run.
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "streaming.json"
+PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 MASKING = ("wanda", "sparsegpt", "alps")
 METHODS = ("minitron", *MASKING, "obs")
 WIDE = 4096
@@ -96,6 +99,11 @@ class Work:
     fitted: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
     """What the repair fits: all for a cut of all widths, ``o`` and ``down`` where only the FFN is cut."""
 
+    @property
+    def batches(self) -> int:
+        """How many."""
+        return max(1, self.tokens // self.batch)
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -126,7 +134,7 @@ class Machine:
     write: float
     link: float
     memory: float
-    program: float = 600 * MIB
+    program: float = 460 * MIB
     start: float = 10.0
 
 
@@ -198,13 +206,17 @@ def looks(work: Work) -> float:
 
 
 def loads(work: Work) -> dict[str, float]:
-    """Times that the weights of all blocks, and those of the output layer, are loaded; dense, and of the cut size."""
+    """Times that the weights of all blocks, and those of the output layer, are loaded before the result is saved."""
     if work.method in MASKING:  # two batches that show what multiplies and how blocks follow; the walk
         return {"dense": 3.0, "cut": 0.0, "head": 2.0}
-    own = 2.0 if work.method == "minitron" else 3.0
-    if not work.mend:  # the cut model is made of the dense one as it is saved
-        return {"dense": own, "cut": 1.0, "head": 2.0}
-    return {"dense": own + 3.0, "cut": 3.0, "head": own + 2.0}
+    own = {"dense": 2.0, "cut": 0.0, "head": 1.0}
+    if work.method == "minitron":  # what lies behind the blocks is loaded for every batch
+        own["head"] += work.batches
+    else:
+        own = {"dense": 3.0, "cut": 0.0, "head": 2.0}
+    if work.mend:  # a batch that shows what multiplies, one for how blocks follow, and the walk, of both models
+        own = {"dense": own["dense"] + 3.0, "cut": 3.0, "head": own["head"] + 4.0}
+    return own
 
 
 def flops(shape: Shape, work: Work) -> dict[str, float]:
@@ -213,7 +225,8 @@ def flops(shape: Shape, work: Work) -> dict[str, float]:
     count = passes(shape, work)
     once = shape.layers * token
     found = {"passes": once * work.tokens * (count["dense"] + work.share * count["cut"])}
-    found["batches that show how the model runs"] = loads(work)["head"] * work.batch * (once + 2.0 * shape.head)
+    shown = 2.0 if work.method in MASKING else 1.0 + 4.0 * work.mend + (work.method == "obs")
+    found["batches that show how the model runs"] = shown * work.batch * (once + 2.0 * shape.head)
     if work.method == "minitron":
         found["passes"] += 2.0 * shape.head * work.tokens  # what lies behind the blocks runs, too
     statistics = solves = 0.0
@@ -255,7 +268,7 @@ def estimate(shape: Shape, work: Work, machine: Machine, way: str = "streamed") 
         raise ValueError(f"no method {work.method} or no way {way}")
     streamed = way == "streamed"
     count = 1 if streamed else machine.processes
-    done, many = flops(shape, work), max(1, work.tokens // work.batch)
+    done, many = flops(shape, work), work.batches
     result = shape.weights * (1.0 if work.method in MASKING else work.share)
     read, written = _moved(shape, work, streamed, result, many)
     rates = {"statistics": machine.solve, "solves": machine.solve}
@@ -291,6 +304,7 @@ def _moved(
     count = passes(shape, work)
     read = {
         "weights of blocks": block * (found["dense"] + work.share * found["cut"]),
+        "weights that are cut as they are saved": 0.0 if work.mend or work.method in MASKING else float(block),
         "weights of the output layer": head * found["head"],
         "looks": looks(work) * shape.weights,
         "activations": acts * (count["dense"] + count["cut"]),
@@ -341,10 +355,11 @@ def _memory(shape: Shape, work: Work, machine: Machine, way: str, many: int) -> 
             room = float(n * n * (12 if n > WIDE else 32))
         if work.mend:
             fits = [own[name] for name in work.fitted]
-            room = max([room, *(8 * 3.5 * (g.columns * work.share) ** 2 for g in fits)])
+            room = max([room, *(40 * work.share**2 * g.columns * (g.columns + g.rows / max(1, g.count)) for g in fits)])
     if way == "streamed":
         blocks = block * (1 if work.method in MASKING else 1 + work.share)
-        largest = max(head + batch, blocks + room + batch, piece)
+        shown = 3.0 * shape.layers * work.batch * shape.hidden * shape.itemsize  # of each block: what goes in and out
+        largest = max(head + shown + batch, block + shown + batch, blocks + room + batch, piece)
         return {"program": machine.program, "weights, sums and a batch": largest}
     weights = shape.weights * (2.0 if work.method in MASKING else 1 + work.share) + block
     acts = work.tokens * shape.hidden * shape.itemsize * 2.0 / machine.processes
@@ -357,7 +372,7 @@ def _memory(shape: Shape, work: Work, machine: Machine, way: str, many: int) -> 
 
 HERE = Machine(
     "1 CPU box, 2 cores, as here (one process, one thread)", 1, forward=60e9, solve=45e9, look=0.8e9, choose=25e6,
-    read=1.2e9, write=0.5e9, link=1e9, memory=24 * GIB, program=600 * MIB, start=12.0,
+    read=1.2e9, write=0.5e9, link=1e9, memory=24 * GIB, program=460 * MIB, start=6.0,
 )  # fmt: skip
 
 
@@ -369,15 +384,16 @@ def points(found: Mapping[str, Any]) -> Iterator[tuple[str, Shape, Work, Mapping
         shape = _shape(f"growth-{point['layers']}", {**config, "num_hidden_layers": point["layers"]})
         tokens = point["batches"] * growth["tokens_per_batch"]
         method, _, how = point["method"].partition(", ")
-        share = 2816 / 4096 if method == "minitron" else 1.0
+        share = (4 + 12 * 2816 / 4096) / 16 if method == "minitron" else 1.0  # of a block
         work = Work(method, tokens, growth["tokens_per_batch"], 128, share, how == "mended", ("o", "down"))
         name = f"{point['method']}, {point['layers']} layers, {point['batches']} batches"
         yield name, shape, work, point | point["streamed"] | {"seconds": point["seconds"]}
     for name, point in found.get("large", {}).items():
-        shape = _shape(name, {**point["config"], "num_hidden_layers": point["layers"]})
-        method = point["method"]
-        work = Work(method, point["tokens"], point["batch_tokens"], point["length"], 0.7, method not in MASKING)
-        yield name, shape, work, point | point["streamed"] | {"seconds": point["seconds"]}
+        if "method" in point:  # the others are plain forward passes
+            shape = _shape(name, {**point["config"], "num_hidden_layers": point["layers"]})
+            method = point["method"]
+            work = Work(method, point["tokens"], point["batch_tokens"], point["length"], 0.7, method not in MASKING)
+            yield name, shape, work, point | point["streamed"] | {"seconds": point["seconds"]}
 
 
 def _shape(name: str, config: Mapping[str, Any]) -> Shape:
@@ -388,17 +404,18 @@ def _shape(name: str, config: Mapping[str, Any]) -> Shape:
 
 
 def check(found: Mapping[str, Any], machine: Machine = HERE) -> list[dict[str, Any]]:
-    """Predicted over measured, of every point: seconds, peak memory, bytes of weights that were read."""
+    """Predicted over measured: seconds of the processor, peak memory, bytes of weights that were read."""
     rows = []
     for name, shape, work, point in points(found):
         told = estimate(shape, work, machine)
         loaded = told.read["weights of blocks"] + told.read["weights of the output layer"]
         rows.append({
             "point": name,
-            "seconds": told.total / point["seconds"],
+            "seconds": told.total / point["cpu_seconds"],
             "peak": told.peak / point["peak_rss"],
             "read": loaded / point["bytes_read"],
-            "measured seconds": point["seconds"],
+            "measured seconds": point["cpu_seconds"],
+            "wall seconds": point["seconds"],
             "measured peak": point["peak_rss"],
             "load": point.get("load_before"),
         })  # fmt: skip
@@ -488,6 +505,55 @@ def _size(count: float) -> str:
     )
 
 
+def checked(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: what was measured, and predicted over measured."""
+    lines = ["| run | processor s | wall s (load) | peak MiB | s | peak | weights read |", "|---" * 7 + "|"]
+    for row in rows:
+        measured = f"{row['measured seconds']:,.0f} | {row['wall seconds']:,.0f} ({row['load']:.1f})"
+        ratios = " | ".join(f"{row[key]:.2f}" for key in ("seconds", "peak", "read"))
+        lines.append(f"| {row['point']} | {measured} | {row['measured peak'] / MIB:,.0f} | {ratios} |")
+    return "\n".join(lines)
+
+
+def grown(found: Mapping[str, Any]) -> str:
+    """Markdown: peak memory over layers and over batches."""
+    growth = found["growth"]
+    lines = ["| | layers | batches | weights | peak RSS | above the program | wall s | load |", "|---" * 8 + "|"]
+    for point in [*growth["program"].values(), *growth["points"]]:
+        above = point.get("above_program")
+        method = point["method"] if above is not None else f"program ({point['method']})"
+        sizes = [
+            f"{value / 1e6:,.0f} MB" if value is not None else ""
+            for value in (point["weights"], point["peak_rss"], above)
+        ]
+        rest = [f"{point['seconds']:.0f}", f"{point['load_before']:.1f}"]
+        lines.append("| " + " | ".join([method, str(point["layers"]), str(point["batches"]), *sizes, *rest]) + " |")
+    return "\n".join(lines)
+
+
+def eight(found: Mapping[str, Any]) -> str:
+    """Markdown: the runs of 8B."""
+    large = found.get("large", {})
+    if not large:
+        return "LEAD fills: no run is in results/streaming.json yet."
+    plain = next((point["seconds"] for name, point in large.items() if "forward" in name), None)
+    lines = [
+        "| | wall s (load) | s a block | peak RSS | read | written | time / plain forward pass |",
+        "|---" * 7 + "|",
+    ]
+    for name, point in large.items():
+        load = f" ({point['load_before']:.1f})" if "load_before" in point else ""
+        own = [f"{point['seconds']:,.0f}{load}", f"{point['seconds'] / point.get('layers', 32):.1f}"]
+        own += [f"{point[key] / GIB:.2f} GiB" for key in ("peak_rss", "read", "written")]
+        own += ["" if plain is None else f"{point['seconds'] / plain:.1f}"]
+        lines.append(f"| {name} | " + " | ".join(own) + " |")
+    return "\n".join(lines)
+
+
+def _sections(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {"growth": grown(found), "large": eight(found), "check": checked(rows), "table": table(works())}
+
+
 def works() -> list[Work]:
     """The runs of the table."""
     minitron = Work("minitron", TABLE_TOKENS, 2048, 2048, 0.7, mend=False)
@@ -498,13 +564,21 @@ def works() -> list[Work]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["check", "table"])
+    parser.add_argument("what", choices=["check", "table", "page"])
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     if given.what == "table":
         print(table(works()))
         return
-    for row in check(json.loads(given.results.read_text())):
+    found = json.loads(given.results.read_text())
+    rows = check(found)
+    if given.what == "page":
+        text = PAGE.read_text()
+        for name, content in _sections(found, rows).items():
+            text = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", rf"\g<1>{content}\n\g<2>", text, flags=re.DOTALL)
+        PAGE.write_text(text)
+        return
+    for row in rows:
         shown = "  ".join(f"{key} x{row[key]:.2f}" for key in ("seconds", "peak", "read"))
         print(f"{row['point']:44} {shown}   ({row['measured seconds']:.0f} s, {row['measured peak'] / MIB:.0f} MiB)")
 

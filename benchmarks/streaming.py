@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ LLAMA_8B: dict[str, Any] = {
     "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
     "hidden_act": "silu", "dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+SIZES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"
+)  # fmt: skip
 BUDGETS = {
     "minitron": ["--budget", "params=70%", "--no-measure", "--skip", "layers"],
     "obs": ["--budget", "params=70%", "--no-gradients"],
@@ -166,6 +169,7 @@ def run(folder: Path, method: str, out: Path, samples: int, length: int, batch: 
         "threads": torch.get_num_threads(),
         "command": [*BUDGETS[method], *more],
     }
+    found |= {"config": {key: config[key] for key in SIZES}, "length": length, "batch_tokens": batch * length}
     found |= {"tokens": samples * length, "layers": config["num_hidden_layers"], "report_seconds": report["seconds"]}
     found |= {"streamed": report.get("streamed"), "sizes": report["sizes"], "costs": report["costs"]}
     found["seconds_per_block"] = found["seconds"] / config["num_hidden_layers"]
@@ -185,17 +189,18 @@ def forward(folder: Path, scratch: Path, samples: int, length: int, batch: int) 
     return found
 
 
-def growth(scratch: Path, methods: Sequence[str]) -> dict[str, Any]:
-    """Peak memory and time over the number of layers, and over that of batches.
+def growth(scratch: Path, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Peak memory and time over the number of layers, and over that of batches; all until now, after each point.
 
     ``program`` is the same command on a model of next to no weights: what is above that is due to the model.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"shape": GROWING, "tokens_per_batch": ROWS * LENGTH, "threads": torch.get_num_threads()}
     found |= {"program": {}, "points": []}
-    tiny = [(method, 2, 8) for method in methods]
-    plan = [(m, n, 8) for m in methods for n in LAYERS] + [(m, LAYERS[0], n) for m in methods for n in BATCHES]
-    for method, layers, batches in [*tiny, *plan]:
+    plan = [(method, 2, 8) for method in methods]
+    plan += [(m, n, 8) for m in methods for n in (LAYERS if m != "minitron, mended" else LAYERS[:2])]
+    plan += [(m, LAYERS[0], n) for m in methods for n in (BATCHES if m != "minitron, mended" else BATCHES[:2])]
+    for method, layers, batches in plan:
         is_tiny = layers == 2
         folder = scratch / ("tiny" if is_tiny else f"layers-{layers}")
         if not folder.exists():
@@ -204,7 +209,12 @@ def growth(scratch: Path, methods: Sequence[str]) -> dict[str, Any]:
         more = GROWTH[method]
         if is_tiny:
             more = [word.replace("2816", "64") for word in more]
-        point: dict[str, Any] = {"method": method, "layers": layers, "batches": batches, "load_before": os.getloadavg()[0]}
+        point: dict[str, Any] = {
+            "method": method,
+            "layers": layers,
+            "batches": batches,
+            "load_before": os.getloadavg()[0],
+        }
         words = [sys.executable, "-m", "secateur", "prune", str(folder), "--out", str(scratch / "out"), *more]
         words += ["--stream", "--max-memory", "6GiB", "--overwrite", "--restart", "--data", str(data), "--json"]
         words += ["--samples", str(ROWS * batches), "--seq-len", str(LENGTH), "--batch-size", str(ROWS)]
@@ -221,7 +231,16 @@ def growth(scratch: Path, methods: Sequence[str]) -> dict[str, Any]:
             json.dumps({k: v for k, v in point.items() if k not in ("streamed", "steps")}), file=sys.stderr, flush=True
         )
         shutil.rmtree(scratch / "out")
-    return found
+        yield found
+
+
+def keep(results: Path | None, name: str, point: dict[str, Any]) -> None:
+    """Print what was measured, and put it into the results."""
+    print(json.dumps(point, indent=1))
+    if results is not None:
+        known = json.loads(results.read_text()) if results.exists() else {}
+        known["large"] = {**known.get("large", {}), name: point}
+        results.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def main() -> None:
@@ -235,21 +254,23 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--more", default="")
+    parser.add_argument("--results", type=Path, help="of run and forward: a file that takes the point up, too")
     given = parser.parse_args()
     sizes = (given.samples, given.seq_len, given.batch_size)
     if given.what == "make":
         make(given.folder, {"num_hidden_layers": given.layers})
     elif given.what == "forward":
-        print(json.dumps(forward(given.folder, Path(given.rest[0]), *sizes), indent=1))
+        keep(given.results, f"{given.folder.name} forward", forward(given.folder, Path(given.rest[0]), *sizes))
     elif given.what == "growth":
         methods = given.more.split(",") if given.more else list(GROWTH)
         out = Path(given.rest[0])
-        found = growth(given.folder, methods)
-        known = json.loads(out.read_text()) if out.exists() else {}
-        out.write_text(json.dumps({**known, "growth": found}, indent=1) + "\n")
+        for found in growth(given.folder, methods):
+            known = json.loads(out.read_text()) if out.exists() else {}
+            out.write_text(json.dumps({**known, "growth": found}, indent=1) + "\n")
     else:
         method, out = given.rest[0], Path(given.rest[1])
-        print(json.dumps(run(given.folder, method, out, *sizes, given.more.split()), indent=1))
+        found = run(given.folder, method, out, *sizes, given.more.split())
+        keep(given.results, f"{given.folder.name} {method}", found)
 
 
 if __name__ == "__main__":

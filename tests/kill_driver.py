@@ -78,7 +78,9 @@ def run(words: Sequence[str], out: Path, kills: int, seed: int) -> dict[str, Any
     want = contents(out)
     shutil.rmtree(out)
     draw = random.Random(seed)
-    differing, killed, again = [], 0, []
+    differing: list[int | str] = []
+    again: list[int] = []
+    killed = 0
     for place in sorted(draw.sample(range(2, total), kills)):
         was_killed, _ = in_child(words, out, place)
         killed += was_killed

@@ -193,9 +193,7 @@ def test_a_killed_process_ends_the_job(folder: Path) -> None:
 def test_a_command_of_one_process_says_so(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "size", lambda: 2)
     monkeypatch.setattr(world, "check_same", lambda *_: None)
-    said = (
-        "error: inspect runs in one process, and torchrun has started 2: run it without; prune"
-    )
+    said = "error: inspect runs in one process, and torchrun has started 2: run it without; prune"
     assert refused("inspect", "dense").startswith(said)
 
 

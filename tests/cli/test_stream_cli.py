@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,7 +135,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
             raise KeyboardInterrupt
         return write(*args, **options)
 
-    monkeypatch.setattr("secateur.load.store.write_shard", stopping)
+    monkeypatch.setattr(sys.modules["secateur.load.store"], "write_shard", stopping)
 
 
 @pytest.fixture
@@ -156,8 +157,13 @@ def test_the_same_command_goes_on(
     first = next(path for path in stopped.rglob("unit-*.safetensors")).stat().st_ino
     partial = tmp_path / ".out.partial-99999999"  # of a run that was killed while it saved
     partial.mkdir()
-    write, written = write_shard, []
-    monkeypatch.setattr("secateur.load.store.write_shard", lambda *a, **o: written.append(a[0].name) or write(*a, **o))  # type: ignore[func-returns-value]
+    written: list[str] = []
+
+    def noting(path: Path, *arguments: Any, **options: Any) -> int:
+        written.append(path.name)
+        return write_shard(path, *arguments, **options)
+
+    monkeypatch.setattr(sys.modules["secateur.load.store"], "write_shard", noting)
     ran = prune(*WANDA)  # it is streamed without being told so, because it was
     assert ran.code == 0
     assert "an unfinished run is there" in ran.err
@@ -252,6 +258,7 @@ def test_a_model_too_large_for_memory_is_streamed(
     prune: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(streaming, "_resident", lambda: 0)
+    monkeypatch.setattr(streaming, "_PROGRAM", 0)
     monkeypatch.setattr(streaming, "available", lambda _: 400_000)
     monkeypatch.setattr(streaming, "_TIMES", 1)
     ran = prune(*WANDA, "--json")

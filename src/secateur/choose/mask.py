@@ -49,7 +49,7 @@ def largest(scores: torch.Tensor, zeros: Sequence[int] | torch.Tensor) -> torch.
     rows, n = scores.shape
     gone = torch.as_tensor(zeros, device=scores.device).expand(rows)
     keep = torch.ones_like(scores, dtype=torch.bool)
-    for count in gone.unique().tolist():  # selecting is several times cheaper than sorting
+    for count in sorted(set(gone.tolist())):  # selecting is several times cheaper than sorting
         which = (gone == count).nonzero().flatten()
         if count:
             keep[which] = _without_smallest(scores if len(which) == rows else scores[which], min(count, n))

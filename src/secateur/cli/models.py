@@ -62,7 +62,6 @@ def open_model(
     dtype: str | None = None,
     weights: bool = True,
     work: Path | None = None,
-    limit: int | None = None,
 ) -> tuple[nn.Module, Any | None, Source | None]:
     """The model, and of a folder or hub id its tokenizer and source.
 
@@ -73,7 +72,6 @@ def open_model(
         dtype: of the weights; None is their own.
         weights: whether they are needed; a folder is read without where they are not.
         work: folder for what a streamed model writes on the way; None = the model is loaded into memory.
-        limit: bytes of memory that may be used for a streamed model.
 
     Raises:
         SecateurError: where it cannot be opened, or options do not go with it.
@@ -89,7 +87,7 @@ def open_model(
     if (Path(name).expanduser() / STRUCTURE).is_file():
         return load(name, device=device, dtype=dtype), None, None
     if work is not None:
-        return load_streamed(name, work=work, dtype=dtype, limit=limit)
+        return load_streamed(name, work=work, dtype=dtype)
     return load_model(name, device=device, dtype=dtype) if weights else (meta_model(name), None, None)
 
 

@@ -94,7 +94,7 @@ def run(words: Sequence[str]) -> None:
     stream = _streamed(arguments, method, options, budget, used)
     model, tokenizer, source = open_model(
         arguments.model, arguments.making, device=common.device, dtype=common.dtype,
-        work=None if stream is None else stream.folder, limit=None if stream is None else stream.limit,
+        work=None if stream is None else stream.folder,
     )  # fmt: skip
     if source is None and not is_constructor(arguments.model):
         raise SecateurError(

@@ -1,6 +1,7 @@
 """Models larger than memory on the command line: when they are streamed, and the folder that a run goes on from."""
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -8,6 +9,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +38,10 @@ from secateur.methods.streaming import check_streams, file_system, needs
 from secateur.ship.checkpoint import json_values
 
 _RUN, _LOCK = "run.json", "lock"
+_MMAP_THRESHOLD = -3
+"""What glibc calls M_MMAP_THRESHOLD."""
+_PROGRAM = 64 * 2**20
+"""What the program still loads and makes after the start: modules, traces, a report."""
 _TIMES = 3
 """A run in memory has the dense model, the pruned one, and what they are decided by."""
 
@@ -134,7 +140,7 @@ class Streamed:
                 f"({shown}, and a margin), and {tables.bytes_text(free)} are free: give another --out, "
                 "fewer --samples, or make room"
             )
-        least = _resident() + found.all_memory
+        least = _resident() + _PROGRAM + found.all_memory
         if self.limit is not None and least > self.limit:
             parts = ", ".join(f"{what} {tables.bytes_text(size)}" for what, size in found.memory.items())
             given = "--max-memory gives" if self.asked else "there are"
@@ -222,7 +228,19 @@ def streamed(
         with _alone(folder):
             shutil.rmtree(folder)
     _clean(out)
+    _return_at_once()
     return Streamed(folder, limit, most is not None, source)
+
+
+def _return_at_once() -> None:
+    """Have glibc give large pieces of memory back when they are freed; it would keep them, in ever more fragments.
+
+    It takes pieces from the system one by one only up to a size that it raises as it sees such pieces freed.
+    """
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt"):
+            library.mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def _checked(options: Streaming) -> int | None:

@@ -130,7 +130,7 @@ def _stream(new: nn.Module, store: Store, plan: Plan, space: Space, folds: Folds
 
         entries[after] = made(load, parameters[after], entry.shards)
     drop_hooks(new)
-    Store(new, entries, store.work / "cut", work=store.work, limit=store.limit)
+    Store(new, entries, store.work / "cut", work=store.work)
 
 
 def stock_model(

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Journal:
         folder: Of the walk.
         done: Stops that are finished.
         kept: Activations, as the walk named them, at the last finished stop.
+        units: Units of the model whose weights the finished stops have changed.
         written: Bytes.
     """
 
@@ -49,12 +50,13 @@ class Journal:
         """
         self.folder, self.done, self.written = folder, 0, 0
         self.kept: dict[str, list[Place | None]] = {}
+        self.units: list[str] = []
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         if (folder / "done.json").exists():
             try:
                 content = read_json(folder / "done.json", "journal")
-                self.done = int(content["done"])
+                self.done, self.units = int(content["done"]), [str(unit) for unit in content["units"]]
                 self.kept = {
                     name: [None if p is None else Place(p[0], p[1], p[2], tuple(p[3])) for p in places]
                     for name, places in content["kept"].items()
@@ -91,15 +93,22 @@ class Journal:
         size = math.prod(place.shape) * dtype.itemsize
         return read_bytes(self.folder / place.file, place.begin, size).view(dtype).reshape(place.shape)
 
-    def finish(self, stop: int, kept: Mapping[str, list[Place | None]]) -> None:
-        """Note that a stop is done, once and for all; let go of activations that are not needed any more."""
+    def finish(self, stop: int, kept: Mapping[str, list[Place | None]], units: Iterable[str] = ()) -> None:
+        """Note that a stop is done, once and for all; let go of activations that are not needed any more.
+
+        Args:
+            stop: its number.
+            kept: activations that later stops need.
+            units: of the model, that were written since the last stop.
+        """
         self.done = stop + 1
+        self.units = list(dict.fromkeys([*self.units, *units]))
         self.kept = dict(kept)
         places = {
             n: [None if p is None else [p.file, p.begin, p.dtype, list(p.shape)] for p in own]
             for n, own in kept.items()
         }
-        write_json(self.folder / "done.json", {"done": self.done, "kept": places})
+        write_json(self.folder / "done.json", {"done": self.done, "units": self.units, "kept": places})
         self._clean()
 
     def _clean(self) -> None:

@@ -59,7 +59,6 @@ class Store:
         folder: Where changed weights are written, and journals are kept; None = nothing of this model may change.
         units: Path of a module -> names of the parameters that it needs, tied ones under their first name.
         entries: Parameter -> where it comes from.
-        limit: Bytes that the process may use; None = as many as there are.
         read, written: Bytes, for reports.
     """
 
@@ -70,7 +69,6 @@ class Store:
         folder: Path | None,
         *,
         work: Path,
-        limit: int | None = None,
     ) -> None:
         """Take over the parameters of a model: they rest from now on.
 
@@ -79,14 +77,14 @@ class Store:
             entries: for every parameter, by its first name.
             folder: see above.
             work: folder of the whole run, for `copy_of` and journals.
-            limit: see above.
         """
-        self.entries, self.folder, self.work, self.limit = dict(entries), folder, work, limit
+        self.entries, self.folder, self.work = dict(entries), folder, work
         self.parameters = dict(model.named_parameters())
         self.units, self._modules = _units(model)
         self._counts: dict[str, int] = {}
         """Loaded parameter -> how many hold it."""
         self._versions: dict[str, int] = {}
+        self._new: list[str] = []
         self._called: list[str] = []
         """Units that are loaded because they run."""
         self.read = self.written = 0
@@ -217,9 +215,15 @@ class Store:
         try:
             self.written += write_shard(path, {name: self.parameters[name].data for name in names})
             self.adopt(unit)
+            self._new.append(unit)
         finally:
             self._release(missing)
         return path
+
+    def taken(self) -> list[str]:
+        """Units that were written since this was asked before."""
+        found, self._new = self._new, []
+        return found
 
     def is_written(self, unit: str) -> bool:
         """Whether the weights of a unit rest in a file of this store."""
@@ -306,7 +310,7 @@ def copy_of(model: nn.Module, folder: str) -> nn.Module:
     }
     new = copy.deepcopy(model, memo)
     drop_hooks(new)
-    Store(new, store.entries, store.work / folder, work=store.work, limit=store.limit)
+    Store(new, store.entries, store.work / folder, work=store.work)
     return new
 
 

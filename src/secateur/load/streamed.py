@@ -17,7 +17,7 @@ from secateur.load.store import Entry, Store, from_shard, made
 
 
 def load_streamed(
-    name: str | Path, *, work: Path, dtype: str | torch.dtype | None = None, limit: int | None = None
+    name: str | Path, *, work: Path, dtype: str | torch.dtype | None = None
 ) -> tuple[nn.Module, Any | None, Source]:
     """As `load_model`, but the weights stay in their files until they are used.
 
@@ -25,7 +25,6 @@ def load_streamed(
         name: a model folder (config.json and safetensors), or a hub id ``org/name``.
         work: folder for what is written on the way.
         dtype: of the weights; None is the checkpoint's own.
-        limit: bytes that the process may use; None = as many as there are.
 
     Raises:
         SecateurError: as `load_model`; not for weights that are not finite, which are found when they are used.
@@ -37,7 +36,7 @@ def load_streamed(
     with quiet_transformers(), reworded(f"{source.name}: transformers cannot build this model"):
         model = skeleton(stock, config, kind)
         entries, unused = _entries(model, files)
-    Store(model, entries, None, work=work, limit=limit)
+    Store(model, entries, None, work=work)
     tokenizer = load_tokenizer(source)
     return model.eval(), tokenizer, replace(source, unused=tuple(sorted(unused)))
 
@@ -73,6 +72,12 @@ def _entries(model: nn.Module, files: Mapping[Path, Shard]) -> tuple[dict[str, E
     joined: dict[str, tuple[Any, list[tuple[str, str, Shard]]]] = {}
     unused: list[str] = []
     keys = [(key, shard) for shard in files.values() for key in shard.entries]
+    homes: dict[str, Path] = {}
+    for key, shard in keys:
+        if homes.setdefault(key, shard.path) != shard.path:
+            raise SecateurError(
+                f"{key} is in two weight files, {homes[key].name} and {shard.path.name}: mend the checkpoint"
+            )
     for key, shard in sorted(keys, key=lambda pair: dot_natural_key(pair[0])):
         prefix = getattr(model, "base_model_prefix", None)
         name, pattern = rename_source_key(key, renamings, converters, prefix, there)

@@ -13,6 +13,7 @@ from secateur.load.store import store_of
 from secateur.measure.classify import compare_classes, labelled
 from secateur.measure.quality import SUMS, Reference, compare, row_sums
 from secateur.progress import Track
+from secateur.space.products import plain_attention
 from secateur.walk import outputs
 
 
@@ -39,8 +40,9 @@ def _block_by_block(pruned: nn.Module, dense: nn.Module, batches: Sequence[Any],
     total = torch.zeros(len(SUMS), dtype=torch.float64)
     before = outputs(dense, own, name="eval-dense", track=track, what="the dense model, block by block")
     after = outputs(pruned, own, name="eval", track=track, what="the pruned model, block by block")
-    for index, (batch, one, two) in enumerate(zip(own, before, after, strict=True)):
-        total += row_sums(pruned, batch, index, two.logits, one.logits).sum(0)
+    with torch.no_grad(), plain_attention():  # the first walk ends before the second: neither leaves what it found
+        for index, (batch, one, two) in enumerate(zip(own, before, after, strict=True)):
+            total += row_sums(pruned, batch, index, two.logits, one.logits).sum(0)
     if world.split():
         world.add_up([total])
     sums = dict(zip(SUMS, total.tolist(), strict=True))

@@ -11,7 +11,7 @@ from torch import nn
 from secateur.choose.plan import Plan
 from secateur.choose.rank import axis_loss, lost_energy, plan_for_sizes
 from secateur.choose.search import Grid, per_group
-from secateur.cut import apply
+from secateur.cut.apply import apply
 from secateur.errors import SecateurError
 from secateur.load.store import drop_hooks
 from secateur.progress import Track, quiet

@@ -47,8 +47,6 @@ _WIDE_BYTES = {"obs": 3 * 4}
 """The same of matrices that are worked in place, in float32 (`survey.WIDE`)."""
 _MEND_BYTES = 3.5 * 8
 """The same for least squares, on the columns that stay."""
-_PROGRAM = 64 * 2**20
-"""What the program still loads and makes after the start: modules, traces, a report."""
 _MASK_BYTES = 2 * 12
 """For each element of the largest weight: two that read the same, their scores in float32, and room to rank them."""
 _ROOM = 1.05
@@ -177,7 +175,6 @@ def needs(
         "its masks and scores": beside[largest],
         f"matrices of {columns} columns": round(max(solver, fit)),
         "a batch": max(tokens, default=0) * (vocabulary + 4 * columns + 8 * hidden) * size,
-        "what the program still loads": _PROGRAM,
     }
     return Needs({k: v for k, v in disk.items() if v}, {k: v for k, v in memory.items() if v}, largest)
 

@@ -11,6 +11,7 @@ is finished is noted in a journal, so that a walk that was killed goes on from t
 
 import contextlib
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
@@ -165,7 +166,10 @@ def remembered(model: nn.Module, measure: Callable[[nn.Module], float], name: st
 
     def found(candidate: nn.Module) -> float:
         if (number := next(count)) == len(known):
-            known.append(measure(candidate))
+            value = measure(candidate)
+            if not math.isfinite(value):
+                raise SecateurError(f"a candidate is infinitely far from the dense model ({value}): check the data")
+            known.append(value)
             write_json(file, known)
         return known[number]
 

@@ -134,7 +134,12 @@ class Route:
             last = blocks[-1]
             places = [i for way in last.ways for i, leaf in enumerate(way.result) if leaf is TENSOR]
             self.needed |= {("out", last.number, i): last.number + 1 for i in places}
-        if self.journal is not None and self.journal.done:
+        if self.journal is not None and self.store is not None and self.journal.done:
+            for unit in self.journal.units:  # as the run before this one has left them
+                if not self.store.adopt(unit):
+                    raise SecateurError(
+                        f"{self.store.file_of(unit)}: is gone, and the unfinished run needs it: begin anew (--restart)"
+                    )
             self.kept = {_key(text): [p or _GONE for p in own] for text, own in self.journal.kept.items()}
 
     # --- stops of a walk ---
@@ -143,8 +148,6 @@ class Route:
         """The stage of a stop, if it has one; afterwards what it gives is kept."""
         weights = tuple(stop.weights)
         if self.journal is not None and number < self.journal.done:
-            for name in dict.fromkeys([stop.name, *(w.name for w in weights)]):
-                self._adopt(name)
             if weights:
                 yield Stage(stop.name, weights, partial(_no_passes, stop.name), None, number, True, self.journal)
             return
@@ -181,13 +184,6 @@ class Route:
     def _tails(self) -> Steps:
         for _ in self.ends(Nobody()):
             yield
-
-    def _adopt(self, name: str) -> None:
-        """Take weights that a run before this one has changed."""
-        if self.store is not None and self.store.folder is not None:
-            for unit, own in self.store.units.items():
-                if unit == name or unit.startswith(f"{name}.") or name in own:
-                    self.store.adopt(unit)
 
     # --- running all blocks ---
 
@@ -330,7 +326,7 @@ class Route:
                 _text(key): [place if isinstance(place, Place) else None for place in own]
                 for key, own in self.kept.items()
             }
-            self.journal.finish(number, places)
+            self.journal.finish(number, places, () if self.store is None else self.store.taken())
 
 
 def _nothing() -> Steps:
