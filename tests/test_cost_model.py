@@ -81,7 +81,7 @@ def test_processes_share_what_they_can_and_pay_for_it() -> None:
     assert eight.seconds["looking at all weights"] == one.seconds["looking at all weights"]
     obs = replace(work, method="obs", mend=False)
     one, eight = (model.estimate(SMALL, obs, replace(model.H100, processes=n), "memory") for n in (1, 8))
-    assert eight.seconds["solves"] == one.seconds["solves"]  # orders are found by all alike
+    assert eight.seconds["orders"] == one.seconds["orders"] > 0  # orders are found by all alike
 
 
 def test_stages_hold_a_share_of_the_weights() -> None:
