@@ -395,7 +395,7 @@ class NoConfig(nn.Module):
         ("memory=70%", {"kv_batch": 0, **LEAN}, "kv_batch must be at least 1, not 0"),
         ("memory=70%", {"kv_seq_len": -5, **LEAN}, "kv_seq_len must be at least"),
     ],
-    ids=str,
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),  # no addresses
 )  # fmt: skip
 def test_budgets_and_options_that_make_no_sense(thin: Any, budget: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SecateurError) as caught:

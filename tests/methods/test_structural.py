@@ -346,7 +346,8 @@ def test_the_verbs_say_what_is_missing() -> None:
     with pytest.raises(SecateurError, match="criterion fisher needs data"):
         secateur.plan(net, "macs=50%", method="structural", inputs=pictures(), criterion="fisher")
     with pytest.raises(
-        SecateurError, match=r"minitron needs a Hugging Face .*use the method structural|default inputs"
+        SecateurError,
+        match=r"minitron needs a language model of Hugging Face .*use the method structural|default inputs",
     ):
         secateur.plan(net, "macs=50%", data=pairs())
 

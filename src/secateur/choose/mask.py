@@ -251,10 +251,11 @@ class _Ranking:
                 for part in weight.parts():
                     yield from torch.split(self._keys(weight.matrix(scores, part)).flatten(), _PIECE)
 
-        upper = sum((torch.bincount((k >> 16) + 2**15, minlength=2**16).cpu() for k in keys()), _NONE)
+        none = torch.zeros(2**16, dtype=torch.int64)
+        upper = sum((torch.bincount((k >> 16) + 2**15, minlength=2**16).cpu() for k in keys()), none)
         place, before = _reached(upper, zeros)
         mine = (k[(k >> 16) + 2**15 == place] & 0xFFFF for k in keys())
-        lower = sum((torch.bincount(k, minlength=2**16).cpu() for k in mine), _NONE)
+        lower = sum((torch.bincount(k, minlength=2**16).cpu() for k in mine), none)
         rest, below = _reached(lower, zeros - before)
         self.last = ((place - 2**15) << 16) + rest
         """The key of the best element that goes."""
@@ -278,7 +279,6 @@ class _Ranking:
 
 
 _PIECE = 1 << 22
-_NONE = torch.zeros(2**16, dtype=torch.int64)
 
 
 def _reached(counts: torch.Tensor, number: int) -> tuple[int, int]:

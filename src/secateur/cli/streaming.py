@@ -40,6 +40,8 @@ from secateur.ship.checkpoint import json_values
 _RUN, _LOCK = "run.json", "lock"
 _MMAP_THRESHOLD = -3
 """What glibc calls M_MMAP_THRESHOLD."""
+_GIVEN_BACK, _KEPT = 1 << 20, 32 << 20
+"""Bytes of it while a model is streamed, and afterwards: the most that glibc raises it to."""
 _PROGRAM = 64 * 2**20
 """What the program still loads and makes after the start: modules, traces, a report."""
 _TIMES = 3
@@ -115,6 +117,7 @@ class Streamed:
                         write_json(self.folder / _RUN, identity)
                     yield
                 finally:
+                    _pieces_from(_KEPT)
                     if self.folder.is_dir() and {p.name for p in self.folder.iterdir()} <= {_RUN, _LOCK}:
                         shutil.rmtree(self.folder)
         except KeyboardInterrupt:
@@ -228,19 +231,19 @@ def streamed(
         with _alone(folder):
             shutil.rmtree(folder)
     _clean(out)
-    _return_at_once()
+    _pieces_from(_GIVEN_BACK)
     return Streamed(folder, limit, most is not None, source)
 
 
-def _return_at_once() -> None:
-    """Have glibc give large pieces of memory back when they are freed; it would keep them, in ever more fragments.
+def _pieces_from(size: int) -> None:
+    """Have glibc give pieces of so many bytes back when they are freed; it would keep them, in ever more fragments.
 
-    It takes pieces from the system one by one only up to a size that it raises as it sees such pieces freed.
+    By itself it raises that size as it sees such pieces freed.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         if hasattr(library, "mallopt"):
-            library.mallopt(_MMAP_THRESHOLD, 1 << 20)
+            library.mallopt(_MMAP_THRESHOLD, size)
 
 
 def _checked(options: Streaming) -> int | None:
