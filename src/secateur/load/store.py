@@ -58,6 +58,7 @@ class Store:
     Attributes:
         folder: Where changed weights are written, and journals are kept; None = nothing of this model may change.
         units: Path of a module -> names of the parameters that it needs, tied ones under their first name.
+        owned: The same without those that a unit before it has: what is written with it.
         entries: Parameter -> where it comes from.
         read, written: Bytes, for reports.
     """
@@ -81,6 +82,8 @@ class Store:
         self.entries, self.folder, self.work = dict(entries), folder, work
         self.parameters = dict(model.named_parameters())
         self.units, self._modules = _units(model)
+        first = {name: unit for unit, names in reversed(self.units.items()) for name in names}
+        self.owned = {unit: [name for name in names if first[name] == unit] for unit, names in self.units.items()}
         self._counts: dict[str, int] = {}
         """Loaded parameter -> how many hold it."""
         self._versions: dict[str, int] = {}
@@ -181,18 +184,9 @@ class Store:
 
     def _keep(self, names: Iterable[str]) -> None:
         changed = [name for name in names if self.parameters[name]._version != self._versions[name]]
-        for unit in self._owners(changed):
-            self.write(unit)
-
-    def _owners(self, names: Iterable[str]) -> list[str]:
-        wanted = set(names)
-        found = [unit for unit, names in self.units.items() if wanted.intersection(names)]
-        return [unit for unit in found if wanted.intersection(self._own(unit))]
-
-    def _own(self, unit: str) -> list[str]:
-        """Parameters of a unit that no unit before it has."""
-        before = {name for other in list(self.units)[: list(self.units).index(unit)] for name in self.units[other]}
-        return [name for name in self.units[unit] if name not in before]
+        for unit, own in self.owned.items():
+            if not set(changed).isdisjoint(own):
+                self.write(unit)
 
     def file_of(self, unit: str) -> Path:
         """Where a unit is written.
@@ -209,7 +203,7 @@ class Store:
         path = self.file_of(unit)
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-        names = self._own(unit)
+        names = self.owned[unit]
         missing = [name for name in names if name not in self._counts]
         self._load(missing)
         try:
@@ -227,15 +221,15 @@ class Store:
 
     def is_written(self, unit: str) -> bool:
         """Whether the weights of a unit rest in a file of this store."""
-        names = self._own(unit)
+        names = self.owned[unit]
         return bool(names) and all([s.path for s in self.entries[n].shards] == [self.file_of(unit)] for n in names)
 
     def adopt(self, unit: str) -> bool:
         """Take the weights of a unit from its file, where a run has written it; False where there is none."""
-        if not self._own(unit) or self.folder is None or not self.file_of(unit).exists():
+        if not self.owned[unit] or self.folder is None or not self.file_of(unit).exists():
             return False
         shard = Shard(self.file_of(unit))
-        for name in self._own(unit):
+        for name in self.owned[unit]:
             self.entries[name] = from_shard(shard, name)
             self._versions[name] = self.parameters[name]._version
             if name not in self._counts:

@@ -56,13 +56,12 @@ def save_streamed(
     names = {first[id(state[name])]: name for name in kept if id(state[name]) in first}
     buffers = {name: state[name] for name in kept if id(state[name]) not in first}
     buffers |= {name: model.get_buffer(name) for name in stored}
-    every = _parts(store)
-    todo = {unit: {n: names[n] for n in part if n in names} for unit, part in every.items()}
+    todo = {unit: {n: names[n] for n in part if n in names} for unit, part in store.owned.items()}
     todo = {unit: part for unit, part in todo.items() if part}
     count = len(todo) + bool(buffers)
     files = [folder / f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
     for (unit, part), path in zip(todo.items(), files, strict=False):
-        as_it_is = plain and part == {name: name for name in every[unit]}
+        as_it_is = plain and part == {name: name for name in store.owned[unit]}
         _save_unit(model, store, unit, part, path, plain=plain, as_it_is=as_it_is)
         store.forget()
     if buffers:
@@ -70,16 +69,6 @@ def save_streamed(
         store.written += write_shard(files[-1], tensors if plain else _reverted(model, tensors))
     _index(model, folder, files)
     _check(model, folder)
-
-
-def _parts(store: Store) -> dict[str, list[str]]:
-    """Unit -> parameters that no unit before it has."""
-    seen: set[str] = set()
-    found: dict[str, list[str]] = {}
-    for unit, names in store.units.items():
-        found[unit] = [name for name in names if name not in seen]
-        seen.update(names)
-    return found
 
 
 def _kept(model: Any, state: Mapping[str, torch.Tensor], left_out: set[str]) -> list[str]:

@@ -61,20 +61,15 @@ class Stage:
         for _ in self.passes():
             pass
 
-    def keep(self, tensors: Mapping[str, torch.Tensor], values: Any = None) -> Shard | None:
+    def keep(self, tensors: Mapping[str, torch.Tensor], values: Any = None) -> None:
         """Write what was found here, for `recall`; nothing is written for a model in memory.
 
         Args:
             tensors: what was found.
             values: what else, as JSON holds it.
-
-        Returns:
-            The file of the tensors.
         """
-        if self.journal is None:
-            return None
-        self.journal.keep(self.number, tensors, values)
-        return self.journal.recall(self.number)[0]
+        if self.journal is not None:
+            self.journal.keep(self.number, tensors, values)
 
     def recall(self) -> tuple[Shard, Any]:
         """What a run before this one kept here: the file of its tensors, and its values."""
